@@ -1,0 +1,74 @@
+"""The one front door: python -m t6_lightning COMMAND ..."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+
+from datamodules.errors import BadData
+from t6_lightning.errors import BadInput
+
+# Each command's module has main(arguments) -> exit code; it is imported only when called.
+COMMANDS = {
+    "fit": ("t6_lightning.cli", "train a model (without arguments: the preset `quickstart`)"),
+    "validate": (
+        "t6_lightning.cli",
+        "loss, perplexity and bits per byte of a checkpoint on its validation data",
+    ),
+    "test": ("t6_lightning.cli", "as validate, through Lightning's test loop"),
+    "predict": ("t6_lightning.cli", "write the loss of every validation token to a file"),
+    "generate": ("t6_lightning.commands.generate", "write text from a prompt"),
+    "evaluate": (
+        "t6_lightning.commands.evaluate",
+        "perplexity and bits per byte of a checkpoint on given files",
+    ),
+    "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
+    "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    return (
+        "usage: python -m t6_lightning COMMAND [...]\n\n" + "\n".join(lines) + "\n\nCOMMAND --help says more."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when the work is done, 2 for bad input (one sentence on standard error), 75 after a signal when the
+        same command line will go on, 1 when the work failed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"error: {command!r} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    quiet_libraries()
+    module = importlib.import_module(COMMANDS[command][0])
+    try:
+        return module.main(arguments)
+    except (BadInput, BadData) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def quiet_libraries() -> None:
+    """Keep a terminal for what concerns the user: our own log lines, and warnings of other libraries not at all."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("t6_lightning", "kernels", "datamodules"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|mlflow|optuna|torchmetrics)\b.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

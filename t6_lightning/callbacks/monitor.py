@@ -1,0 +1,132 @@
+"""Training metrics: loss, speed, gradient norm, learning rate, memory; and the stop at a loss that is no number."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torchmetrics import MeanMetric
+
+from t6_lightning.callbacks.cadence import Cadence, stepped
+from t6_lightning.module import T6Module
+from t6_lightning.tracking import MLflowTracking
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient stopped being a number."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss or gradient is not finite at step {step}")
+        self.step = step
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Monitor(pl.Callback):
+    """Logs `train/loss`, `perf/*`, `optim/*` and `data/tokens` every `log_every_steps`, `val/*` at each validation.
+
+    Speed counts training alone: validation, checkpoints and what comes before the first step are left out.
+    """
+
+    def __init__(self, cadence: Cadence, tracking: MLflowTracking) -> None:
+        self.cadence = cadence
+        self.tracking = tracking
+        self.latest: dict[str, float] = {}
+        self.loss = MeanMetric()
+        self._seconds = 0.0
+        self._started: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.loss.to(pl_module.device)
+        self._first_bad_step = torch.full((), -1, device=pl_module.device)
+        self._tokens = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, T6Module)
+        # Lightning hands over the loss divided by the accumulation.
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.loss.update(loss)
+        self._tokens += batch["tokens"].numel() * trainer.world_size
+        finite = loss.isfinite()
+        if stepped(trainer, batch_idx):
+            finite = finite & pl_module.grad_norm.to(loss.device).isfinite()
+        # Noted on the device, read only where the device is waited for anyway.
+        unseen = self._first_bad_step < 0
+        self._first_bad_step = torch.where(unseen & ~finite, trainer.global_step, self._first_bad_step)
+        if not stepped(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        if step % self.cadence.log_every_steps == 0 or step in (1, trainer.max_steps):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, module: T6Module) -> None:
+        self.check_finite()
+        loss = float(self.loss.compute())
+        self.loss.reset()
+        self._pause_clock(module)
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        factor = module.schedule.factor(trainer.global_step - 1, trainer.max_steps)
+        speed = self._tokens / self._seconds
+        self.latest = {
+            "train/loss": loss,
+            "perf/tokens_per_second": speed,
+            "perf/peak_memory_bytes": peak_memory_bytes(module.device),
+            "optim/lr": module.optimizer_config.lr * factor,
+            "optim/grad_norm": float(module.grad_norm),
+            "data/tokens": data.samples * data.context,
+        }
+        half = trainer.precision in ("bf16-mixed", "bf16-true")
+        peak = get_available_flops(module.device, torch.bfloat16 if half else torch.float32)
+        if peak:
+            self.latest["perf/mfu"] = speed * module.config.training_flops() / (peak * trainer.world_size)
+        self.tracking.log_metrics(self.latest, step=trainer.global_step)
+        self._seconds, self._tokens = 0.0, 0
+
+    def check_finite(self) -> None:
+        """Stop at a loss or gradient that was not finite.
+
+        Raises:
+            NonFiniteLoss: with the first such step.
+        """
+        bad = int(self._first_bad_step)
+        if bad >= 0:
+            raise NonFiniteLoss(bad)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._pause_clock(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self.tracking.log_metrics(figures, step=trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        self.check_finite()  # a checkpoint of broken weights is worse than none
+        self._pause_clock(pl_module)
+
+    def _pause_clock(self, module: pl.LightningModule) -> None:
+        """Stop counting until the next training batch starts."""
+        if self._started is None:
+            return
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._seconds += time.perf_counter() - self._started
+        self._started = None

@@ -1,0 +1,205 @@
+"""fit, validate, test and predict: configuration by presets, YAML and flags, through Lightning's CLI."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+# Lightning calls methods that jsonargparse has renamed; its users can do nothing about it.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
+from datamodules.base import TokenData
+from t6_lightning.callbacks.cadence import Cadence
+from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from t6_lightning.callbacks.monitor import Monitor
+from t6_lightning.callbacks.progress import TrainingProgress
+from t6_lightning.callbacks.seeds import StepSeeds
+from t6_lightning.errors import BadInput
+from t6_lightning.module import T6Module
+from t6_lightning.presets import config_file
+from t6_lightning.runs import resolve_checkpoint, run_of
+from t6_lightning.tracking import MLflowTracking
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # the stream is endless: steps end a run
+    "max_steps": 1000,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data deals itself out to ranks
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise BadInput(one_sentence(message, self)) from ex
+
+
+def one_sentence(message: str, parser: LightningArgumentParser) -> str:
+    """jsonargparse's nested report on one line, with the nearest existing names for an unknown one."""
+    text = re.sub(r"\s+", " ", message.replace("\n", " ")).strip()
+    text = text.replace("Parser key ", "").replace("t6_lightning.model.attention.", "")
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '(\w+)' is not accepted", text)
+    if unknown:
+        name = unknown[1] or unknown[2]
+        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        text += f" (did you mean {' or '.join(near)}?)" if near else ""
+    return text
+
+
+class T6CLI(LightningCLI):
+    """One parser per command; parses and builds, runs nothing."""
+
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self.command = command
+        self.started = time.monotonic()
+        # Lightning warns when arguments are passed while sys.argv has some: they are the same ones.
+        argv, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().__init__(
+                T6Module,
+                TokenData,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                trainer_defaults=dict(TRAINER_DEFAULTS),
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={"prog": f"python -m t6_lightning {command}", "description": __doc__},
+                args=arguments,
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            sys.argv = argv
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"data": {"class_path": "datamodules.PythonDocs"}})
+        parser.link_arguments("model.net.context", "data.init_args.context")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_class_arguments(Cadence, "cadence")
+        parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_class_arguments(MLflowTracking, "tracking")
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint file, or `last`: the run's newest good one.",
+        )
+        if self.command == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="Checkpoint to take weights from, nothing else.",
+            )
+            parser.add_argument(
+                "--dry_run", action="store_true", help="Print what the run will cost, and stop."
+            )
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config.trainer
+        if trainer.max_steps < 1:
+            raise BadInput(f"trainer.max_steps={trainer.max_steps} is not possible: it must be at least 1")
+        if trainer.precision is None:
+            on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+            trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        built: Any = self.config_init
+        self.cadence: Cadence = built.cadence
+        self.checkpoints: Checkpoints = built.checkpoints
+        self.checkpoints.cadence = self.cadence
+        self.tracking: MLflowTracking = built.tracking
+        config = {**built.trainer, **kwargs, "plugins": [VerifiedCheckpointIO()]}
+        if self.command == "fit":
+            monitor = Monitor(self.cadence, self.tracking)
+            # In this order: data position, then what is logged of it, then what is saved.
+            callbacks = [
+                StepSeeds(int(self.config.seed_everything)),
+                self.cadence,
+                monitor,
+                TrainingProgress(monitor),
+                self.checkpoints,
+            ]
+            config["logger"] = [self.tracking, *_as_list(config["logger"])]
+        else:
+            callbacks = []
+            config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        return self._instantiate_trainer(config, callbacks)
+
+    @property
+    def config_yaml(self) -> str:
+        """The resolved configuration without what names this one call, as `--config` reads it back."""
+        config = self.config.clone()
+        for name in ("config", "run", "ckpt_path", "init_from", "dry_run"):
+            config.pop(name, None)
+        return self.parser.dump(config, skip_none=False)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value in (None, True, False):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(option + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def with_config_files(command: str, arguments: list[str]) -> list[str]:
+    """Replace preset names by their files; without `--config`, take the checkpoint's run, or `quickstart`."""
+    resolved: list[str] = []
+    expects_file = False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if expects_file:
+            resolved.append(str(config_file(argument)))
+        elif option in ("--config", "-c") and equals:
+            resolved.append(f"--config={config_file(value)}")
+        else:
+            resolved.append(argument)
+        expects_file = argument in ("--config", "-c")
+    if any(a.partition("=")[0] in ("--config", "-c") for a in arguments):
+        return resolved
+    if {"-h", "--help"} & set(arguments):
+        return resolved
+    return [f"--config={_default_config(arguments)}", *resolved]
+
+
+def _default_config(arguments: list[str]) -> Path:
+    ckpt_path = _value_of("--ckpt_path", arguments)
+    if ckpt_path is not None:
+        run = run_of(resolve_checkpoint(ckpt_path, _value_of("--run", arguments)))
+        if run is not None:
+            return run.config_file
+    return config_file("quickstart")
+
+
+def main(arguments: list[str]) -> int:
+    """Run `fit`, `validate`, `test` or `predict`; `arguments` begins with the command."""
+    from t6_lightning import running
+
+    command, *rest = arguments
+    cli = T6CLI(command, with_config_files(command, rest))
+    return getattr(running, command)(cli)

@@ -1,0 +1,1 @@
+"""Commands beside training: each module has `main(arguments) -> exit code` and imports no Lightning."""

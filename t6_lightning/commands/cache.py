@@ -1,0 +1,81 @@
+"""cache: the key/value cache of presets, allocated and measured beside what the formula predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from t6_lightning.commands.parser import Parser, show_json
+from t6_lightning.console import console
+from t6_lightning.errors import BadInput, require
+from t6_lightning.model.cache import KVCache
+from t6_lightning.presets import load_net
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def measure(name: str, context: int | None, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Allocate the cache that `generate` would use and count its storage."""
+    net = load_net(name)
+    context = context or net.context
+    try:
+        cache = KVCache(net.attention.cache_entries(), net.n_layers, batch, context, dtype)
+    except RuntimeError as error:
+        raise BadInput(
+            f"--context {context} --batch {batch}: {name}'s cache cannot be allocated here"
+        ) from error
+    predicted = net.cache_bytes_per_token(dtype.itemsize) * context * batch
+    return {
+        "preset": name,
+        "mechanism": net.attention.mechanism,
+        "context": context,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "measured_bytes": cache.n_bytes,
+        "predicted_bytes": predicted,
+        "measured_bytes_per_token": cache.n_bytes / (context * batch),
+        "ratio_to_mha": cache.n_bytes / (net.n_layers * 2 * net.d_model * dtype.itemsize * context * batch),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Print measured and predicted cache sizes."""
+    parser = Parser("cache", __doc__ or "")
+    parser.add_argument("presets", nargs="+", metavar="PRESET", help="preset names or YAML files")
+    parser.add_argument(
+        "--context", type=int, nargs="+", help="tokens per row (default: the preset's context)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows (default 1)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_json()
+    options = parser.parse_args(arguments[1:])
+    for option in ("context", "batch"):
+        for value in getattr(options, option) or ():
+            require(value >= 1, f"--{option}", value, "it must be at least 1")
+    rows = [
+        measure(name, context, batch, DTYPES[options.dtype])
+        for name in options.presets
+        for context in options.context or [None]
+        for batch in options.batch
+    ]
+    if options.json:
+        show_json(rows, options.json)
+        return 0
+    table = Table(title=f"key/value cache of all layers, {options.dtype}", title_justify="left")
+    table.add_column("preset")
+    for column in ("context", "batch", "measured bytes", "predicted bytes", "per token", "of MHA"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["preset"],
+            f"{row['context']:,}",
+            str(row["batch"]),
+            f"{row['measured_bytes']:,}",
+            f"{row['predicted_bytes']:,}",
+            f"{row['measured_bytes_per_token']:,.0f}",
+            f"{row['ratio_to_mha']:.3f}",
+        )
+    console.print(table)
+    return 0

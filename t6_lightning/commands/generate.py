@@ -1,0 +1,53 @@
+"""generate: text from a prompt, by a trained checkpoint."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from t6_lightning.commands.parser import Parser
+from t6_lightning.load import load_model
+from t6_lightning.model.generate import generate
+from t6_lightning.runs import resolve_checkpoint
+
+
+def main(arguments: list[str]) -> int:
+    """Write the prompt and what follows to standard output, as it comes."""
+    parser = Parser("generate", __doc__ or "")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or `last`")
+    parser.add_argument("--run", help="run that `last` refers to (default: the newest)")
+    parser.add_argument("--prompt", required=True, help="text to go on from; may be empty")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments[1:])
+    model, tokenizer = load_model(resolve_checkpoint(options.ckpt_path, options.run))
+    device = model.embedding.weight.device
+    # Every document of the training data opens with the separator.
+    ids = [tokenizer.eot, *tokenizer.encode(options.prompt).tolist()]
+    shown = options.prompt
+    sys.stdout.write(shown)
+    written: list[int] = ids[1:]
+    tokens = generate(
+        model,
+        torch.tensor([ids], device=device),
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        generator=torch.Generator(device).manual_seed(options.seed),
+    )
+    for token_B in tokens:
+        token = int(token_B[0])
+        if token == tokenizer.eot:
+            break
+        written.append(token)
+        text = tokenizer.decode(written)
+        # A character may take several tokens: show it when it is whole.
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,36 @@
+"""The argument parser that these commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from t6_lightning.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"python -m t6_lightning {command}", description=description)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
+
+    def add_json(self) -> None:
+        """`--json` prints JSON instead of a table, `--json FILE` writes it."""
+        self.add_argument(
+            "--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to FILE"
+        )
+
+
+def show_json(value: Any, target: str) -> None:
+    """Write JSON to a file, or to standard output when `target` is "-"."""
+    text = json.dumps(value, indent=2)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Path(target).write_text(text + "\n")

@@ -1,0 +1,32 @@
+"""A trained model and its tokenizer from a checkpoint, without Lightning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from datamodules.tokenizer import Tokenizer
+from t6_lightning import checkpoint_files
+from t6_lightning.model.config import T6Config
+from t6_lightning.model.t6 import T6
+
+
+def load_model(checkpoint: Path, device: str | None = None) -> tuple[T6, Tokenizer]:
+    """The model in evaluation mode, on the GPU where there is one, and the tokenizer it was trained with.
+
+    Raises:
+        BadInput: no such checkpoint, or a damaged one.
+    """
+    state = checkpoint_files.load(checkpoint)
+    model = T6(T6Config.from_dict(state["hyper_parameters"]["net"]))
+    prefix = "net."
+    model.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in state["state_dict"].items()
+            if name.startswith(prefix)
+        }
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), Tokenizer.from_json(state["tokenizer"])

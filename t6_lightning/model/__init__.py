@@ -1,0 +1,1 @@
+"""The T6 transformer in plain torch: no Lightning, no logging, no parallelism."""

@@ -1,0 +1,114 @@
+"""The whole model as a value: what it is, and in closed form what it costs. Builds no module."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from t6_lightning.errors import BadInput, require
+from t6_lightning.model.attention import AttentionConfig, attention_configs
+from t6_lightning.model.attention.mha import MHAConfig
+from t6_lightning.model.attention.tpa import TPAConfig
+
+
+@dataclass(frozen=True)
+class T6Config:
+    """A decoder-only transformer with one kind of attention.
+
+    Attributes:
+        vocab_size: rows of the embedding, which is also the output matrix (tied).
+        d_model: width of the residual stream.
+        n_layers: blocks of attention and SwiGLU.
+        context: tokens per training window; what "full context" means in reports.
+        attention: the attention variant, a value of its own config class.
+        ffn_hidden: SwiGLU's hidden size; None is the reference's floor(8/3 · d_model).
+        dropout: probability, on the embedding and on what each layer adds to the residual stream.
+        rope_base: base of RoPE's frequencies.
+    """
+
+    vocab_size: int = 8192
+    d_model: int = 256
+    n_layers: int = 6
+    context: int = 512
+    attention: AttentionConfig = field(default_factory=TPAConfig)
+    ffn_hidden: int | None = None
+    dropout: float = 0.0
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "context"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, value, "it must be an integer >= 1")
+        hidden = self.ffn_hidden
+        require(hidden is None or hidden >= 1, "ffn_hidden", hidden, "it must be an integer >= 1 or null")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "it must be at least 0 and below 1")
+        require(self.rope_base > 1, "rope_base", self.rope_base, "it must be above 1")
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden size of SwiGLU."""
+        return self.ffn_hidden or 8 * self.d_model // 3
+
+    def n_parameters(self) -> int:
+        """All parameters; the tied embedding counts once, norms have none."""
+        ffn = 3 * self.d_model * self.ffn_width
+        layer = self.attention.n_parameters(self.d_model) + ffn
+        return self.vocab_size * self.d_model + self.n_layers * layer
+
+    def cache_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Key/value cache of one token in all layers."""
+        return self.n_layers * self.attention.cache_elements() * bytes_per_element
+
+    def cache_ratio_to_mha(self) -> float:
+        """Cache against MHA of the same width and dtype: h = d_model / head_dim, so 2 · d_model elements."""
+        return self.attention.cache_elements() / (2 * self.d_model)
+
+    def forward_flops(self, keys: float) -> float:
+        """Forward FLOPs of one token that attends to `keys` tokens, 2 per multiply-add."""
+        ffn = 2 * 3 * self.d_model * self.ffn_width
+        layer = self.attention.flops(self.d_model, keys) + ffn
+        return self.n_layers * layer + 2 * self.d_model * self.vocab_size
+
+    def training_flops(self, context: int | None = None) -> float:
+        """*Model* FLOPs of one training token (forward and twice that backward), causal half only: used for MFU."""
+        return 3 * self.forward_flops(((context or self.context) + 1) / 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, in the form of the YAML presets; `from_dict` reads it back."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        init_args = dataclasses.asdict(self.attention)  # pyright: ignore[reportArgumentType]
+        plain["attention"] = {"class_path": type(self.attention).__name__, "init_args": init_args}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> T6Config:
+        """The config that `to_dict` or a preset's `model.net` states.
+
+        Raises:
+            BadInput: an unknown field or attention family, or an impossible value.
+        """
+        plain = dict(plain)
+        chosen = plain.pop("attention", None)
+        if chosen is not None:
+            families = attention_configs()
+            name = str(chosen.get("class_path", "")).rpartition(".")[2]
+            require(
+                name in families, "attention.class_path", name, f"choose one of {', '.join(sorted(families))}"
+            )
+            plain["attention"] = _build(families[name], chosen.get("init_args", {}), "attention.")
+        return _build(cls, plain, "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise BadInput(f"{prefix}{name} is not a field of {cls.__name__}: choose from {', '.join(known)}")
+    return cls(**values)
+
+
+def mha_of_same_width(config: T6Config) -> T6Config:
+    """The MHA model that a variant's cache is compared with: the same but for h = d_model / head_dim."""
+    head_dim = config.attention.head_dim
+    return dataclasses.replace(config, attention=MHAConfig(max(1, config.d_model // head_dim), head_dim))

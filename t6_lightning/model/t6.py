@@ -1,0 +1,119 @@
+"""The T6 transformer: embedding, blocks, final norm, tied output matrix.
+
+Shape suffixes: B batch, T tokens, M cached tokens, C d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels.loss import linear_cross_entropy
+from t6_lightning.model.attention import Layout
+from t6_lightning.model.block import Block, rms_norm
+from t6_lightning.model.cache import KVCache
+from t6_lightning.model.config import T6Config
+from t6_lightning.model.rope import rope_tables
+
+IGNORE = -100
+"""Target of a position that counts in no loss."""
+
+
+class T6(nn.Module):
+    """Decoder-only language model whose attention is the value `config.attention`."""
+
+    def __init__(self, config: T6Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # The reference ties the embedding to a Linear, whose own initialization stands.
+        bound = config.d_model**-0.5
+        nn.init.uniform_(self.embedding.weight, -bound, bound)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) of the token after each one.
+
+        Args:
+            tokens_BT: token ids.
+            documents_BT: index of the document each token belongs to, never falling along T. When given,
+                positions restart in each document and attention stays inside it.
+            cache: what came before; the tokens are appended to it. Not together with documents.
+        """
+        return F.linear(self.hidden(tokens_BT, documents_BT, cache), self.embedding.weight)
+
+    def hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The final normalized residual stream (B, T, C): `forward` before the output matrix."""
+        n_tokens = tokens_BT.shape[1]
+        if cache is None:
+            layout = self._layout(n_tokens, documents_BT)
+            caches = [None] * self.config.n_layers
+        else:
+            if documents_BT is not None:
+                raise ValueError("documents cannot be combined with a cache: a cached row is one document")
+            positions_BT = cache.positions(n_tokens)
+            layout = self._cached_layout(positions_BT, cache)
+            caches = [cache.layer(i, positions_BT) for i in range(self.config.n_layers)]
+        x_BTC = self.dropout(self.embedding(tokens_BT))
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
+            x_BTC = block(x_BTC, layout, layer_cache)
+        if cache is not None:
+            cache.advance(n_tokens)
+        return rms_norm(x_BTC)
+
+    def token_losses(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Negative log-likelihood in nats of each target, float32 (B, T), 0 where the target is -100."""
+        x_BTC = self.hidden(tokens_BT, documents_BT)
+        losses_N = linear_cross_entropy(
+            x_BTC.flatten(0, 1), self.embedding.weight, targets_BT.flatten(), ignore_index=IGNORE
+        )
+        return losses_N.view_as(targets_BT)
+
+    def loss(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean negative log-likelihood in nats over the targets that are not -100; never holds all logits."""
+        total = self.token_losses(tokens_BT, targets_BT, documents_BT).sum()
+        return total / (targets_BT != IGNORE).sum()
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `capacity` tokens in each of `batch` rows, in the weights' dtype unless said."""
+        weight = self.embedding.weight
+        entries = self.config.attention.cache_entries()
+        return KVCache(entries, self.config.n_layers, batch, capacity, dtype or weight.dtype, weight.device)
+
+    def _layout(self, n_tokens: int, documents_BT: torch.Tensor | None) -> Layout:
+        positions = torch.arange(n_tokens, device=self.embedding.weight.device)
+        mask = None
+        if documents_BT is not None:
+            before_TT = positions[:, None] >= positions[None, :]
+            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+            mask = (before_TT & same_BTT).unsqueeze(1)
+            # A document starts where the index changes; positions count from there.
+            starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+            positions = positions - (positions * starts_BT).cummax(dim=1).values
+        cos, sin = rope_tables(positions, self.config.attention.head_dim, self.config.rope_base)
+        return Layout(cos, sin, mask, causal=mask is None)
+
+    def _cached_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
+        first = cache.longest == 0
+        mask = None
+        if not first and (cache.ragged or positions_BT.shape[1] > 1):
+            keys_M = torch.arange(cache.longest + positions_BT.shape[1], device=positions_BT.device)
+            mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
+        cos, sin = rope_tables(positions_BT, self.config.attention.head_dim, self.config.rope_base)
+        return Layout(cos, sin, mask, causal=first)

@@ -1,0 +1,248 @@
+"""What fit, validate, test and predict do once everything is parsed and built."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from t6_lightning import checkpoint_files, environment, report
+from t6_lightning.callbacks.checkpoints import Interrupted
+from t6_lightning.callbacks.monitor import NonFiniteLoss
+from t6_lightning.checkpoint_files import CheckpointError
+from t6_lightning.cli import T6CLI
+from t6_lightning.console import console
+from t6_lightning.errors import BadInput, require
+from t6_lightning.plan import Plan, measure_matrix_rate
+from t6_lightning.runs import RunFolder, new_run_name, resolve_checkpoint, run_of
+
+
+def fit(cli: T6CLI) -> int:
+    """Train, from the beginning or from a checkpoint. Returns the exit code."""
+    plan = Plan.of(cli)
+    if cli.config.dry_run:
+        device, half = cli.trainer.strategy.root_device, cli.trainer.precision == "bf16-mixed"
+        dtype = torch.bfloat16 if half else torch.float32
+        report.print_plan(plan, measure_matrix_rate(device, dtype, cli.model.config.d_model))
+        return 0
+    folder, checkpoint = _where_to_go_on(cli)
+    if checkpoint is not None:
+        _refuse_other_architecture(cli, checkpoint)
+        if _step_of(checkpoint) > cli.trainer.max_steps:
+            raise BadInput(
+                f"trainer.max_steps={cli.trainer.max_steps} is not possible: {checkpoint.name} is further already"
+            )
+        if folder.record.get("status") == "finished" and _step_of(checkpoint) == cli.trainer.max_steps:
+            console.print(f"run {folder.name} is finished already")
+            report.print_summary(folder, report.read_summary(folder))
+            return 0
+    if cli.config.init_from:
+        cli.model.initial_weights = _weights(cli, Path(cli.config.init_from))
+    plan.check_disk()
+
+    # Everything that can be wrong with the data shows here, before the run exists anywhere.
+    cli.datamodule.prepare_data()
+    cli.model.check_tokenizer(cli.datamodule)
+
+    _announce(cli, folder, checkpoint, plan)
+    return _train(cli, folder, checkpoint)
+
+
+def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
+    folder.create(cli.config_yaml)
+    started = folder.record.get("started") or datetime.now(UTC).isoformat()
+    folder.update_record(status="running", started=started)
+    cli.checkpoints.run_folder = folder
+    tracking = cli.tracking
+    tracking.start(folder, _tags(cli))
+    tracking.log_hyperparams(_hyperparameters(cli))
+    tracking.log_artifact(folder.config_file)
+    tracking.log_artifact(environment.write(folder.path / "environment.json"))
+    tracking.log_artifact(report.write_data_summary(cli.datamodule, folder))
+    status, mlflow_status, code = "failed", "FAILED", 1
+    try:
+        if checkpoint is not None and _step_of(checkpoint) == cli.trainer.max_steps:
+            # Killed between its last checkpoint and its report.
+            cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False)
+        else:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+        summary = report.finish(cli, folder)
+        report.print_summary(folder, summary)
+        status, mlflow_status, code = "finished", "FINISHED", 0
+    except Interrupted as error:
+        status, mlflow_status = "interrupted", "KILLED"
+        code = _after_signal(cli, folder, error.signum)
+    except NonFiniteLoss as error:
+        last = folder.last_checkpoint()
+        print(
+            f"error: {error}: the run stops. Last good checkpoint: {last or 'none yet'}. "
+            "Try a lower model.optimizer.lr, a longer warm-up, a lower trainer.gradient_clip_val, "
+            f"or --seed_everything other than {cli.config.seed_everything}.",
+            file=sys.stderr,
+        )
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        folder.update_record(status=status)
+        tracking.close(mlflow_status)
+    return code
+
+
+def _where_to_go_on(cli: T6CLI) -> tuple[RunFolder, Path | None]:
+    """The run's folder, and the checkpoint to go on from if there is one."""
+    name, ckpt_path = cli.config.run, cli.config.ckpt_path
+    if ckpt_path is not None:
+        checkpoint = resolve_checkpoint(ckpt_path, name)
+        folder = RunFolder(name) if name else run_of(checkpoint) or RunFolder(new_run_name("from-checkpoint"))
+        for change in _changes(folder, cli):
+            print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
+        return folder, checkpoint
+    if name is None:
+        return RunFolder(new_run_name(_preset(cli))), None
+    folder = RunFolder(name)
+    if not folder.exists:
+        return folder, None
+    changes = _changes(folder, cli)
+    if changes:
+        raise BadInput(
+            f"--run={name!r} is not possible: that run exists with another configuration ({'; '.join(changes[:3])}); "
+            "choose another name, or add --ckpt_path last to go on with the new values"
+        )
+    return folder, folder.last_checkpoint()
+
+
+def _changes(folder: RunFolder, cli: T6CLI) -> list[str]:
+    """Settings in which the folder's configuration differs from the present one."""
+    if not folder.exists:
+        return []
+    before = dict(_leaves(yaml.safe_load(folder.config_file.read_text())))
+    now = dict(_leaves(yaml.safe_load(cli.config_yaml)))
+    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in values.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return leaves
+
+
+def _refuse_other_architecture(cli: T6CLI, checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint of this very architecture.
+
+    Raises:
+        BadInput: it is damaged or another model's.
+    """
+    state = checkpoint_files.load(checkpoint)
+    there = dict(_leaves(state["hyper_parameters"]["net"]))
+    here = dict(_leaves(cli.model.config.to_dict()))
+    shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
+    differ = [
+        name for name in sorted(there | here) if there.get(name) != here.get(name) and name not in shapeless
+    ]
+    if differ:
+        named = "; ".join(
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differ[:4]
+        )
+        raise BadInput(f"checkpoint {checkpoint} is of another architecture: {named}")
+    return state
+
+
+def _weights(cli: T6CLI, checkpoint: Path) -> dict[str, torch.Tensor]:
+    require(checkpoint.is_file(), "--init_from", str(checkpoint), "there is no such file")
+    state = _refuse_other_architecture(cli, checkpoint)["state_dict"]
+    return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint_files.load(checkpoint)["global_step"])
+
+
+def _after_signal(cli: T6CLI, folder: RunFolder, signum: int) -> int:
+    name = signal.Signals(signum).name
+    again = cli.config.run is not None or cli.config.ckpt_path == "last"
+    how = "the same command" if again else f"python -m t6_lightning fit --ckpt_path last --run {folder.name}"
+    print(
+        f"stopped by {name} after a checkpoint at step {cli.trainer.global_step}: go on with {how}",
+        file=sys.stderr,
+    )
+    return 75 if again else 128 + signum
+
+
+def _preset(cli: T6CLI) -> str:
+    """The name that the configuration goes by: the last of its files."""
+    files = [Path(str(file)) for file in cli.config.get("config") or []]
+    return report.preset_label(files[-1]) if files else "custom"
+
+
+def _tags(cli: T6CLI) -> dict[str, str]:
+    return environment.git_tags() | {
+        "mechanism": cli.model.config.attention.mechanism,
+        "preset": _preset(cli),
+        "corpus": type(cli.datamodule).__name__,
+        "seed": str(cli.config.seed_everything),
+        "data_fingerprint": cli.datamodule.fingerprint,
+    }
+
+
+def _hyperparameters(cli: T6CLI) -> dict[str, Any]:
+    derived = {
+        "n_parameters": cli.model.config.n_parameters(),
+        "tokens_per_step": cli.cadence.tokens_per_step,
+    }
+    return yaml.safe_load(cli.config_yaml) | derived
+
+
+def _announce(cli: T6CLI, folder: RunFolder, checkpoint: Path | None, plan: Plan) -> None:
+    console.print(f"run {folder.name} in {folder.path}", soft_wrap=True)
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint.name}")
+    console.print(plan.sentence(), soft_wrap=True)
+
+
+def validate(cli: T6CLI) -> int:
+    """Print the checkpoint's figures on the validation data."""
+    return _evaluate(cli, cli.trainer.validate)
+
+
+def test(cli: T6CLI) -> int:
+    """As `validate`, through Lightning's test loop."""
+    return _evaluate(cli, cli.trainer.test)
+
+
+def _evaluate(cli: T6CLI, loop: Any) -> int:
+    checkpoint = _required_checkpoint(cli)
+    loop(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
+    figures = {name: float(value) for name, value in sorted(cli.trainer.callback_metrics.items())}
+    report.print_figures(str(checkpoint), figures)
+    return 0
+
+
+def predict(cli: T6CLI) -> int:
+    """Write the loss of every validation token to predictions.npz beside the checkpoint's run, or here."""
+    checkpoint = _required_checkpoint(cli)
+    batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    arrays: dict[str, Any] = {name: torch.cat([b[name] for b in batches]).numpy() for name in batches[0]}
+    run = run_of(checkpoint)
+    file = (run.path if run else Path.cwd()) / "predictions.npz"
+    np.savez_compressed(file, domains=np.array(cli.datamodule.domains), **arrays)
+    console.print(f"{arrays['nll'].shape[0]} windows: loss of every token in {file}", soft_wrap=True)
+    return 0
+
+
+def _required_checkpoint(cli: T6CLI) -> Path:
+    ckpt_path = cli.config.ckpt_path
+    if ckpt_path is None:
+        raise BadInput(f"--ckpt_path is missing: {cli.command} needs a checkpoint file or `last`")
+    checkpoint = resolve_checkpoint(ckpt_path, cli.config.run)
+    _refuse_other_architecture(cli, checkpoint)
+    cli.datamodule.prepare_data()
+    cli.model.check_tokenizer(cli.datamodule)
+    return checkpoint

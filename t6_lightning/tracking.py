@@ -1,0 +1,176 @@
+"""Logging a run to MLflow: a SQLite file unless MLFLOW_TRACKING_URI says otherwise; no server needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.home import t6_home
+from t6_lightning.runs import RunFolder
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger(__name__)
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in T6_HOME."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{t6_home() / 'mlflow.db'}"
+
+
+def open_client() -> MlflowClient:
+    """A client of the tracking store. MLflow takes seconds to import: only those who log pay for it."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # the first start announces every migration
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment of that name, made if need be; with a local store its artifacts go to T6_HOME/mlartifacts."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = tracking_uri().startswith("sqlite:")
+    location = (t6_home() / "mlartifacts" / name).as_uri() if local else None
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except Exception:  # another process was first
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+class MLflowTracking(Logger):
+    """One MLflow run per training run, kept across restarts; each step of a metric is logged once.
+
+    Args:
+        experiment: MLflow experiment.
+        tags: extra tags of the run.
+        parent: id of the MLflow run that this one is nested under.
+    """
+
+    def __init__(
+        self, experiment: str = "t6", tags: dict[str, str] | None = None, parent: str | None = None
+    ) -> None:
+        super().__init__()
+        self.experiment_name = experiment
+        self.tags = dict(tags or {})
+        if parent:
+            self.tags["mlflow.parentRunId"] = parent
+        self.run_folder: RunFolder | None = None
+        self._client: MlflowClient | None = None
+        self._run_id: str | None = None
+        self._last_step: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        return self.experiment_name
+
+    @property
+    def version(self) -> str | None:
+        return self._run_id
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MlflowClient:
+        """The client, once `start` has opened the run."""
+        assert self._client is not None, "start() comes first"
+        return self._client
+
+    @rank_zero_only
+    def start(self, run_folder: RunFolder, tags: dict[str, str]) -> None:
+        """Open the folder's MLflow run: the one it had before, or a new one."""
+        self.run_folder = run_folder
+        client = self._client = open_client()
+        self._run_id = run_folder.record.get("mlflow_run_id")
+        if self._run_id is None:
+            experiment = experiment_id(client, self.experiment_name)
+            run = client.create_run(experiment, run_name=run_folder.name, tags=self.tags | tags)
+            self._run_id = run.info.run_id
+            run_folder.update_record(mlflow_run_id=self._run_id)
+            return
+        client.update_run(self._run_id, status="RUNNING")
+        for key in client.get_run(self._run_id).data.metrics:
+            self._last_step[key] = max(m.step for m in client.get_metric_history(self._run_id, key))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Log every value under its dotted name; a changed one becomes a tag, as MLflow's parameters stay."""
+        from mlflow.entities import Param, RunTag
+
+        client, run_id = self.experiment, self._run_id
+        assert run_id is not None
+        known = client.get_run(run_id).data.params
+        flat = {
+            name: str(value)[:6000]
+            for name, value in _flatten(dict(vars(params) if isinstance(params, Namespace) else params))
+        }
+        new = [Param(name, value) for name, value in flat.items() if name not in known]
+        changed = {name: value for name, value in flat.items() if known.get(name, value) != value}
+        tags = [RunTag(f"changed_on_resume.{name}", value[:5000]) for name, value in changed.items()]
+        for start in range(0, max(len(new), 1), 100):  # MLflow takes 100 parameters a call
+            client.log_batch(run_id, params=new[start : start + 100], tags=tags if start == 0 else [])
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log metrics at an optimizer step; steps it has from before a restart are passed over."""
+        from mlflow.entities import Metric
+
+        step = step or 0
+        now = int(time.time() * 1000)
+        new = {name: value for name, value in metrics.items() if step > self._last_step.get(name, -1)}
+        batch = [Metric(name, float(value), now, step) for name, value in new.items() if math.isfinite(value)]
+        if batch:
+            self.experiment.log_batch(self._run_id or "", metrics=batch)
+        self._last_step.update(dict.fromkeys(new, step))
+
+    @rank_zero_only
+    def set_tags(self, tags: dict[str, str]) -> None:
+        for name, value in tags.items():
+            self.experiment.set_tag(self._run_id or "", name, value)
+
+    @rank_zero_only
+    def log_artifact(self, file: Path) -> None:
+        """Copy a file to the run's artifacts."""
+        self.experiment.log_artifact(self._run_id or "", str(file))
+
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric over the whole run, restarts included."""
+        found = self.experiment.get_metric_history(self._run_id or "", name)
+        return sorted((m.step, m.value) for m in found)
+
+    @rank_zero_only
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        if self._client is not None:
+            self._client.set_terminated(self._run_id or "", status=status)
+
+    def finalize(self, status: str) -> None:
+        """Lightning's own call says too little (a signal counts as success): the command calls `close`."""
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat += _flatten(value, f"{prefix}{name}.")
+        else:
+            flat.append((f"{prefix}{name}", value))
+    return flat
