@@ -63,10 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 def quiet_libraries() -> None:
     """Keep a terminal for what concerns the user: our own log lines, and warnings of other libraries not at all."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("t6_lightning", "kernels", "datamodules"):
+    for name in ("t6_lightning", "datamodules"):
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|mlflow|optuna|torchmetrics)\b.*")
 
 

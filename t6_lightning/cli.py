@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -200,6 +201,10 @@ def main(arguments: list[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict`; `arguments` begins with the command."""
     from t6_lightning import running
 
+    # Lightning sets its level at import; devices that are not there and tips are no news.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
     command, *rest = arguments
     cli = T6CLI(command, with_config_files(command, rest))
     return getattr(running, command)(cli)

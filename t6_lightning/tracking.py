@@ -1,7 +1,7 @@
 """Logging a run to MLflow: a SQLite file unless MLFLOW_TRACKING_URI says otherwise; no server needed."""
 
-from __future__ import annotations
-
+# No postponed annotations here: to resolve them for the command line, jsonargparse would run the
+# TYPE_CHECKING block below and so import MLflow, seconds before anyone needs it.
 import logging
 import math
 import os
@@ -28,7 +28,7 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{t6_home() / 'mlflow.db'}"
 
 
-def open_client() -> MlflowClient:
+def open_client() -> "MlflowClient":
     """A client of the tracking store. MLflow takes seconds to import: only those who log pay for it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = tracking_uri()
@@ -41,7 +41,7 @@ def open_client() -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def experiment_id(client: MlflowClient, name: str) -> str:
+def experiment_id(client: "MlflowClient", name: str) -> str:
     """The experiment of that name, made if need be; with a local store its artifacts go to T6_HOME/mlartifacts."""
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -75,7 +75,7 @@ class MLflowTracking(Logger):
         if parent:
             self.tags["mlflow.parentRunId"] = parent
         self.run_folder: RunFolder | None = None
-        self._client: MlflowClient | None = None
+        self._client: "MlflowClient | None" = None
         self._run_id: str | None = None
         self._last_step: dict[str, int] = {}
 
@@ -89,7 +89,7 @@ class MLflowTracking(Logger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> MlflowClient:
+    def experiment(self) -> "MlflowClient":
         """The client, once `start` has opened the run."""
         assert self._client is not None, "start() comes first"
         return self._client

@@ -85,5 +85,5 @@ class LayerCache:
     def append(self, **new: torch.Tensor) -> list[torch.Tensor]:
         """Write the new tokens (B, T, *entry) in place and return all tokens so far (B, M, *entry), in order."""
         for name, tensor in new.items():
-            self.tensors[name][self.rows, self.positions_BT] = tensor.to(self.tensors[name].dtype)
+            self.tensors[name][self.rows, self.positions_BT] = tensor.detach().to(self.tensors[name].dtype)
         return [self.tensors[name][:, : self.n_used] for name in new]

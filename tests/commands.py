@@ -1,0 +1,33 @@
+"""Running the installed commands in new processes, as a user would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# The smallest real run: bytes of the standard library, dropout, accumulation of 2, two data workers.
+TINY = [
+    *("--model.net.d_model", "32", "--model.net.n_layers", "2", "--model.net.context", "32"),
+    *("--model.net.vocab_size", "257", "--model.net.attention.n_heads", "3", "--model.net.dropout", "0.1"),
+    *("--model.net.attention.head_dim", "16", "--data.tokenizer", "bytes", "--data.batch_size", "4"),
+    *("--data.val_tokens", "1500", "--data.num_workers", "2", "--cadence.tokens_per_step", "256"),
+    *("--cadence.validate_every_tokens", "2560", "--cadence.log_every_steps", "1"),
+    *("--checkpoints.every_tokens", "1280", "--trainer.max_steps", "30"),
+]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The command line of `python -m t6_lightning ...` with this interpreter."""
+    return [sys.executable, "-m", "t6_lightning", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return what it printed."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=400, **options)
+
+
+def fit(name: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A tiny training run."""
+    return run("fit", *TINY, "--run", name, *arguments, **options)
