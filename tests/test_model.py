@@ -117,7 +117,10 @@ def test_parameters_and_cache_are_what_the_formulas_say(config: T6Config) -> Non
 
 def test_dense_flops_are_what_pytorch_counts(config: T6Config) -> None:
     model, tokens = random_model(config, torch.float32), random_tokens(config, 2, 16)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as c:
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as c,
+    ):
         model(tokens)
     assert c.get_total_flops() == tokens.numel() * config.forward_flops(keys=16)
 
@@ -147,7 +150,9 @@ def test_cache_ratio_of_the_paper_medium() -> None:
 
 
 @pytest.mark.parametrize(("side", "n", "rank"), [("a", 5, 3), ("b", 16, 3), ("a", 34, 6), ("b", 64, 6)])
-def test_reference_initialization_is_xavier_on_the_three_dimensional_view(side: str, n: int, rank: int) -> None:
+def test_reference_initialization_is_xavier_on_the_three_dimensional_view(
+    side: str, n: int, rank: int
+) -> None:
     d_model = 96
     view = torch.empty((d_model, n, rank) if side == "a" else (d_model, rank, n))
     torch.nn.init.xavier_uniform_(view)
@@ -224,7 +229,10 @@ def test_config_survives_the_round_trip_through_plain_types(config: T6Config) ->
         ({"d_modle": 8}, "d_modle is not a field of T6Config: choose from vocab_size, d_model"),
         ({"d_model": 0}, "d_model=0 is not possible"),
         ({"dropout": 1.0}, r"dropout=1.0 is not possible: it must be at least 0 and below 1"),
-        ({"attention": {"class_path": "TPA"}}, "attention.class_path='TPA' is not possible: choose one of MHAConfig"),
+        (
+            {"attention": {"class_path": "TPA"}},
+            "attention.class_path='TPA' is not possible: choose one of MHAConfig",
+        ),
         (
             {"attention": {"class_path": "TPAConfig", "init_args": {"rank_k": 0}}},
             "attention.rank_k=0 is not possible: a rank is an integer >= 1",

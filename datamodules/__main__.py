@@ -1,0 +1,174 @@
+"""`python -m datamodules prepare | inspect`: fill the token cache; look at a corpus and time its reading."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from datamodules.errors import BadData
+
+if TYPE_CHECKING:
+    from datamodules.base import TokenData
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("datamodules").setLevel(logging.INFO)
+    try:
+        {"prepare": prepare, "inspect": inspect}[options.command](options)
+    except BadData as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Fill the cache and print what it now holds."""
+    data = corpus_of(options)
+    data.prepare_data()
+    print_counts(data)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Counts, what simple models reach, sample documents, and measured throughput."""
+    data = corpus_of(options)
+    data.prepare_data()
+    print_counts(data)
+    print_samples(data, options.samples)
+    if not options.no_throughput:
+        print_throughput(options)
+
+
+def corpus_of(options: argparse.Namespace) -> "TokenData":
+    from datamodules.corpora import PythonDocs, TextFiles
+
+    common: dict[str, Any] = {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
+    common |= {"context": options.context, "val_tokens": options.val_tokens}
+    if not options.files:
+        return PythonDocs(**common)
+    return TextFiles(
+        options.files,
+        exclude=options.exclude,
+        val_files=dict(_named(value) for value in options.val_files),
+        val_fraction=options.val_fraction,
+        text_field=options.text_field,
+        domain_field=options.domain_field,
+        txt_documents=options.txt_documents,
+        **common,
+    )
+
+
+def print_counts(data: "TokenData") -> None:
+    summary = data.summary()
+    tokenizer = data.tokenizer
+    print(f"tokenizer      {data.tokenizer_spec}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]}")
+    print(f"fingerprint    {data.fingerprint}")
+    row = "{:<14} {:>12} {:>15} {:>15} {:>9}"
+    print(row.format("", "documents", "tokens", "bytes", "share"))
+    for side in ("train", "val"):
+        counts = [summary[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")]
+        print(row.format(side, *(f"{count:,}" for count in counts), ""))
+    for name, domain in summary["domains"].items():
+        counts = [domain[f"val_{what}"] for what in ("documents", "tokens", "bytes")]
+        share = f"{domain['val_bytes'] / summary['val_bytes']:.1%}"
+        print(row.format(f"  {name}", *(f"{count:,}" for count in counts), share))
+    for name in ("unigram", "gzip", "xz"):
+        if (bits := summary.get(f"{name}_bits_per_byte")) is not None:
+            print(f"{name:<14} {bits:.3f} bits per byte of the validation text")
+
+
+def print_samples(data: "TokenData", number: int) -> None:
+    corpus = data.corpus
+    for document in corpus.training_documents[:: max(1, len(corpus.training_documents) // max(1, number))][
+        :number
+    ]:
+        ids = corpus.table.tokens(document)
+        text = " ".join(data.tokenizer.decode(ids[:100]).split())
+        size = f"{len(ids):,} tokens, {corpus.table.n_bytes[document]:,} bytes"
+        print(f"\ndocument {document:,}: {size}\n  {text[:300]}")
+
+
+def print_throughput(options: argparse.Namespace) -> None:
+    """Read, tokenize and pack everything in this process from an empty cache; then pack from the cache."""
+    data = corpus_of(options)
+    tokenizer = data.tokenizer  # trained or loaded beforehand: it is not what is measured
+    with _empty_home():
+        began, cpu = time.perf_counter(), time.process_time()
+        data = corpus_of(options)
+        data.__dict__["tokenizer"] = tokenizer
+        tokens = _pack_one_epoch(data)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    speed = f"{tokens / seconds / 1e6:.2f} M tokens/s"
+    print(f"\nread + tokenize + pack  {speed} ({tokens:,} in {seconds:.2f} s, {cpu:.2f} s of CPU time)")
+    began = time.perf_counter()
+    tokens = _pack_one_epoch(data)
+    print(f"pack from the cache     {tokens / (time.perf_counter() - began) / 1e6:.2f} M tokens/s")
+
+
+def _pack_one_epoch(data: "TokenData") -> int:
+    """Read all training windows of one epoch; returns their tokens."""
+    from datamodules.packing import TrainingWindows
+
+    corpus = data.corpus
+    windows = TrainingWindows(
+        corpus.table, corpus.training_documents, data.tokenizer, data.context, data.seed
+    )
+    batches = windows.per_epoch // data.batch_size
+    return sum(windows.batch(i * data.batch_size, data.batch_size)["tokens"].numel() for i in range(batches))
+
+
+@contextlib.contextmanager
+def _empty_home() -> Iterator[None]:
+    before = os.environ.get("T6_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["T6_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["T6_HOME"]
+            else:
+                os.environ["T6_HOME"] = before
+
+
+def _named(value: str) -> tuple[str, str]:
+    name, equals, path = value.partition("=")
+    if not (name and equals and path):
+        raise BadData(f"--val_files: {value!r} is not allowed; allowed: DOMAIN=PATH.")
+    return name, path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m datamodules", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (("prepare", prepare), ("inspect", inspect)):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.add_argument(
+            "--files", nargs="+", metavar="PATH", help="TextFiles on these; without: PythonDocs"
+        )
+        command.add_argument(
+            "--exclude", nargs="+", default=[], metavar="GLOB", help="file names to leave out"
+        )
+        command.add_argument("--val_files", nargs="+", default=[], metavar="DOMAIN=PATH")
+        command.add_argument("--val_fraction", type=float, default=0.01)
+        command.add_argument("--text_field", default="text")
+        command.add_argument("--domain_field")
+        command.add_argument("--txt_documents", default="file", choices=("file", "line", "paragraph"))
+        command.add_argument("--tokenizer", default="bpe", help="bpe, bytes, a folder or a hub name")
+        command.add_argument("--vocab_size", type=int, default=8192, help="of bpe")
+        command.add_argument("--context", type=int, default=512)
+        command.add_argument("--val_tokens", type=int, help="at most so many per domain")
+        if name == "inspect":
+            command.add_argument("--samples", type=int, default=3, help="documents to show")
+            command.add_argument("--no_throughput", action="store_true", help="do not measure")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The corpora to choose from, as Lightning data modules."""
+
+from typing import Any
+
+from datamodules.base import TokenData
+from datamodules.documents import Source
+from datamodules.errors import BadData
+from datamodules.python_docs import VAL_FRACTION, standard_library
+from datamodules.text_files import TxtDocuments, file_source, find_files
+
+
+class PythonDocs(TokenData):
+    """Docstrings and documentation topics (domain "prose") and source (domain "code") of Python's standard
+    library.
+
+    Real text on every machine, nothing to download, the same for everyone with the same Python version.
+    """
+
+    val_fraction = VAL_FRACTION
+
+    def sources(self) -> list[Source]:
+        return [standard_library()]
+
+
+class TextFiles(TokenData):
+    """Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst.
+
+    Args:
+        files: Paths, globs, or folders (searched through).
+        exclude: Globs on file names to leave out of `files`.
+        val_files: Further validation domains: name -> path(s), glob(s) or folder(s). A training document that
+            occurs there is left out of training.
+        val_fraction: Share of the documents of `files` held out for validation, by a hash of their text.
+        text_field: Column that holds the text; a dotted name reaches into an object.
+        domain_field: Column whose value labels a document's validation domain; null: all are "text".
+        txt_documents: How a .txt becomes documents: the whole file, each line, or each paragraph (blank line
+            between).
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        exclude: list[str] | None = None,
+        val_files: dict[str, str | list[str]] | None = None,
+        val_fraction: float = 0.01,
+        text_field: str = "text",
+        domain_field: str | None = None,
+        txt_documents: TxtDocuments = "file",
+        **common: Any,
+    ):
+        super().__init__(**common)
+        if not 0 <= val_fraction < 1:
+            raise BadData(f"val_fraction: {val_fraction} is not allowed; allowed: 0 or more and less than 1.")
+        if txt_documents not in ("file", "line", "paragraph"):
+            raise BadData(f"txt_documents: {txt_documents!r} is not allowed; allowed: file, line, paragraph.")
+        self.files, self.exclude, self.val_files = files, exclude or [], val_files or {}
+        self.val_fraction = val_fraction
+        self.text_field, self.domain_field = text_field, domain_field
+        self.txt_documents: TxtDocuments = txt_documents
+
+    def sources(self) -> list[Source]:
+        return [
+            file_source(path, self.text_field, self.domain_field, "text", self.txt_documents)
+            for path in find_files(self.files, self.exclude)
+        ]
+
+    def validation_sources(self) -> dict[str, list[Source]]:
+        return {
+            name: [
+                file_source(path, self.text_field, None, name, self.txt_documents)
+                for path in find_files(patterns, field=f"val_files.{name}")
+            ]
+            for name, patterns in self.val_files.items()
+        }

@@ -1,0 +1,182 @@
+"""The documents of all sources under one numbering, split into training and validation."""
+
+import hashlib
+import json
+import logging
+import lzma
+import zlib
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+
+from datamodules.documents import held_out
+from datamodules.errors import BadData
+from datamodules.token_cache import Shard
+from datamodules.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class DocumentTable:
+    """All documents of some shards, numbered through in the shards' order; every array has one entry each."""
+
+    def __init__(self, shards: list[Shard], domains: list[str]):
+        self.shards = shards
+        self.shard = np.repeat(
+            np.arange(len(shards), dtype=np.int32), [len(shard.n_bytes) for shard in shards]
+        )
+        self.begin = _joined([shard.offsets[:-1] for shard in shards], np.int64)
+        """Position of the document's first id in its shard's tokens."""
+        self.length = _joined([np.diff(shard.offsets) for shard in shards], np.int64)
+        """Ids, without separator."""
+        self.n_bytes = _joined([shard.n_bytes for shard in shards], np.int64)
+        self.key = _joined([shard.key for shard in shards], np.uint64)
+        index = {name: i for i, name in enumerate(domains)}
+        numbers = [np.array([index[name] for name in shard.domains])[shard.domain] for shard in shards]
+        self.domain = _joined(numbers, np.int64)
+        """Index into the list of domains."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def tokens(self, document: int) -> np.ndarray:
+        begin = self.begin[document]
+        return self.shards[self.shard[document]].tokens[begin : begin + self.length[document]]
+
+
+class Corpus:
+    """Training and validation documents, their fingerprint and their statistics.
+
+    `training`: shards of which `val_fraction` of the documents (by hash) is held out, under the domains they
+    name. `validation`: domain -> shards that only validate. A training document whose hash occurs there is
+    left out. `val_tokens`: at most so many validation tokens per domain, in whole documents (None: all).
+    Raises BadData where either side ends up empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        training: list[Shard],
+        validation: dict[str, list[Shard]],
+        val_fraction: float,
+        val_tokens: int | None,
+    ):
+        self.tokenizer = tokenizer
+        named = sorted({name for shard in training for name in shard.domains})
+        if clash := set(named) & set(validation):
+            raise BadData(
+                f"val_files: {min(clash)!r} is already a domain of the training files; choose another name."
+            )
+        all_domains = [*named, *validation]
+        shards = [*training, *(shard for shards in validation.values() for shard in shards)]
+        self.table = DocumentTable(shards, all_domains)
+        only_validates = self.table.shard >= len(training)
+        validates = only_validates | held_out(self.table.key, val_fraction)
+        repeated = ~validates & np.isin(self.table.key, self.table.key[only_validates])
+        if repeated.any():
+            log.info("%d training documents occur in val_files and are left out of training.", repeated.sum())
+        self.training_documents = np.flatnonzero(~validates & ~repeated)
+        """Numbers of the training documents, int64."""
+        if len(self.training_documents) == 0:
+            raise BadData(
+                f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to train on."
+            )
+
+        chosen = {
+            name: self._validation_documents(validates, i, val_tokens) for i, name in enumerate(all_domains)
+        }
+        self.validation_documents = {name: documents for name, documents in chosen.items() if len(documents)}
+        """domain -> numbers of its validation documents in their fixed order, int64."""
+        if not self.validation_documents:
+            raise BadData(
+                f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to validate on; "
+                "raise it, cut .txt files into lines or paragraphs (txt_documents), or name val_files."
+            )
+        self.domains = list(self.validation_documents)
+
+    def _validation_documents(self, validates: np.ndarray, domain: int, val_tokens: int | None) -> np.ndarray:
+        """Those of one domain in the order of their hashes, so that a cap leaves a sample of the whole."""
+        documents = np.flatnonzero(validates & (self.table.domain == domain))
+        documents = documents[np.argsort(self.table.key[documents], kind="stable")]
+        if val_tokens is None or len(documents) == 0:
+            return documents
+        fits = np.cumsum(self.table.length[documents] + 1) <= val_tokens
+        return documents[: max(1, int(fits.sum()))]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of tokenizer, tokens, byte counts, domains and split: equal data, equal everywhere."""
+        digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
+        digest.update(json.dumps([[shard.checksum for shard in self.table.shards], self.domains]).encode())
+        for documents in (self.training_documents, *self.validation_documents.values()):
+            digest.update(np.ascontiguousarray(documents, dtype="<i8").tobytes() + b"|")
+        return digest.hexdigest()
+
+    @cached_property
+    def summary(self) -> dict[str, object]:
+        """Counts of both sides and what simple models reach on the validation text, in bits per UTF-8 byte.
+
+        A document counts one token more than it has ids: its separator. `unigram_bits_per_byte`: add-one
+        unigram model of the training tokens on all validation targets; `gzip_` and `xz_bits_per_byte` (-9):
+        of each domain's text as one stream, left out when the tokenizer does not keep every byte.
+        """
+        table, tokenizer = self.table, self.tokenizer
+        domains = {
+            name: {
+                "val_documents": len(documents),
+                "val_tokens": int((table.length[documents] + 1).sum()),
+                "val_bytes": int(table.n_bytes[documents].sum()),
+            }
+            for name, documents in self.validation_documents.items()
+        }
+        total = {
+            key: sum(each[key] for each in domains.values())
+            for key in ("val_documents", "val_tokens", "val_bytes")
+        }
+        validation = np.concatenate(list(self.validation_documents.values()))
+        train_counts, val_counts = self._training_counts(), self._counts(validation)
+        val_counts[tokenizer.eot] += len(validation)
+        bits = -np.log2((train_counts + 1) / (train_counts.sum() + len(train_counts)))
+        summary: dict[str, object] = {
+            "train_documents": len(self.training_documents),
+            "train_tokens": int((table.length[self.training_documents] + 1).sum()),
+            "train_bytes": int(table.n_bytes[self.training_documents].sum()),
+            **total,
+            "domains": domains,
+            "unigram_bits_per_byte": float((bits * val_counts).sum() / total["val_bytes"]),
+        }
+        if tokenizer.token_bytes is not None:
+            texts = [
+                b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in documents)
+                for documents in self.validation_documents.values()
+            ]
+            summary["gzip_bits_per_byte"] = 8 * sum(_gzip_size(text) for text in texts) / total["val_bytes"]
+            summary["xz_bits_per_byte"] = (
+                8 * sum(len(lzma.compress(text, preset=9)) for text in texts) / total["val_bytes"]
+            )
+        return summary
+
+    def _training_counts(self) -> np.ndarray:
+        """How often each id occurs in the training stream, int64 (vocab_size,)."""
+        counts = np.sum([shard.counts for shard in self.table.shards], axis=0)
+        left_out = np.setdiff1d(np.arange(len(self.table)), self.training_documents)
+        counts = counts - self._counts(left_out)
+        counts[self.tokenizer.eot] += len(self.training_documents)
+        return counts
+
+    def _counts(self, documents: Iterable[int]) -> np.ndarray:
+        counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for document in documents:
+            np.add.at(counts, self.table.tokens(document), 1)
+        return counts
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+
+
+def _gzip_size(text: bytes) -> int:
+    """Bytes that `gzip -9` writes for the text, its 18 bytes of header and trailer included."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return len(compressor.compress(text)) + len(compressor.flush()) + 18

@@ -1,0 +1,39 @@
+"""A document, and a source of documents: what corpora hand to the token cache."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Document(NamedTuple):
+    text: str
+    domain: str
+    key: int
+    """64-bit hash that decides on which side of the train/validation split the document falls."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or a set of files always read as a whole. It becomes one entry of the token cache."""
+
+    name: str
+    """For messages and the progress line."""
+    identity: str
+    """Changes whenever `documents()` could yield something else; part of the cache key."""
+    documents: Callable[[], Iterator[Document]]
+    """Yields every document, always in the same order."""
+
+
+def hash64(text: str) -> int:
+    """Stable 64-bit hash of a text, uniform over [0, 2^64)."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents validate: True where key < fraction * 2^64. keys: uint64 (D,); returns bool (D,)."""
+    # The upper 53 bits are exact in float64; 2^64 itself does not fit a uint64.
+    return (keys >> np.uint64(11)).astype(np.float64) < fraction * 2.0**53

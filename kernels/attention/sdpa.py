@@ -1,0 +1,38 @@
+"""Softmax attention by torch's scaled_dot_product_attention.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, E value dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(
+    q_BTHD: torch.Tensor,
+    k_BMGD: torch.Tensor,
+    v_BMGE: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """See `kernels.attention.attention`. K and V of a group are read in place, never repeated per head."""
+    # On a GPU in half precision, SDPA gives a row that may attend to nothing some average of V (torch 2.11,
+    # H100). Such a row is shown everything, which is safe in every implementation, and its output erased.
+    blind_B1T1 = None
+    if mask is not None:
+        blind_B1T1 = ~mask.any(-1, keepdim=True)
+        mask = mask | blind_B1T1
+    o_BHTE = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2),
+        k_BMGD.transpose(1, 2),
+        v_BMGE.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_BTHD.shape[2] != k_BMGD.shape[2],
+    )
+    if blind_B1T1 is not None:
+        o_BHTE = o_BHTE.masked_fill(blind_B1T1, 0)
+    return o_BHTE.transpose(1, 2)

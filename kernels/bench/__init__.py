@@ -1,0 +1,1 @@
+"""`python -m kernels.bench`: the backends of one operation timed side by side in one run."""

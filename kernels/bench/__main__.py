@@ -1,0 +1,112 @@
+"""Command line of the operation benchmark. Imports torch only once the arguments are known to be good."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over this row's: above 1 is faster.
+'of copy' is the bytes the operation must at least move, per second, over the copy bandwidth measured in the
+same run."""
+
+# operation -> (what it compares, {size option: help}); the defaults stand in kernels/bench/cases.py.
+BATCH = {"batch": "sequences"}
+HEADS = {"heads": "attention heads", "head-dim": "features per head"}
+OPERATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "decode": (
+        "TPA attention over a cache of factors, and MHA over a full cache",
+        {**BATCH, "context": "cached tokens", "queries": "new tokens", **HEADS, "rank": "rank of K and of V"},
+    ),
+    "contract": (
+        "queries, keys or values from their factors, RoPE included",
+        {**BATCH, "context": "tokens per sequence", **HEADS, "rank": "rank"},
+    ),
+    "attention": (
+        "causal attention over full keys and values",
+        {**BATCH, "context": "tokens per sequence", **HEADS, "kv-heads": "heads of keys and values"},
+    ),
+    "loss": (
+        "linear layer and cross-entropy",
+        {**BATCH, "context": "tokens per sequence", "d-model": "hidden size", "vocabulary": "classes"},
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage text."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return value
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m kernels.bench", description=__doc__)
+    operations = parser.add_subparsers(dest="operation", required=True, metavar="|".join(OPERATIONS))
+    for name, (what, sizes) in OPERATIONS.items():
+        sub = operations.add_parser(name, help=what, description=f"Times {what}.", epilog=EPILOG)
+        for option, text in sizes.items():
+            sub.add_argument(f"--{option}", type=positive, metavar="N", help=text)
+        sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        sub.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="default: float32 on a CPU, bfloat16 on a GPU",
+        )
+        sub.add_argument(
+            "--seconds", type=seconds, default=1.0, metavar="S", help="time to spend on each row (default 1)"
+        )
+        sub.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="write JSON to FILE and the table to standard output; without FILE, JSON to standard output",
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.json not in (None, "-") and not Path(arguments.json).resolve().parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no such folder")
+
+    from kernels.bench import cases, report
+
+    given = {
+        option.replace("-", "_"): getattr(arguments, option.replace("-", "_"))
+        for option in OPERATIONS[arguments.operation][1]
+    }
+    try:
+        plan = cases.plan(arguments.operation, given, device=arguments.device, dtype=arguments.dtype)
+    except ValueError as error:
+        parser.error(str(error))
+    result = report.run(plan, seconds=arguments.seconds)
+
+    if arguments.json == "-":
+        print(json.dumps(result, indent=2))
+        return 0
+    print(report.table(result))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

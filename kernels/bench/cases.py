@@ -1,0 +1,183 @@
+"""What each operation's benchmark runs: inputs of the asked sizes, and one callable per row of the table.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, R rank, C d_model,
+V vocabulary, N tokens flattened.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import attention
+from kernels.contract import contract
+from kernels.decode import decode
+from kernels.loss import linear_cross_entropy
+from kernels.rope import rotate
+
+Sizes = dict[str, int]
+
+# 34 heads: the small T6; 47: the medium one (table 9). Its ranks are 6 for Q, 2 for K and V.
+CPU_SIZES: dict[str, Sizes] = {
+    "decode": {"batch": 1, "context": 4096, "queries": 1, "heads": 34, "head_dim": 64, "rank": 2},
+    "contract": {"batch": 1, "context": 1024, "heads": 34, "head_dim": 64, "rank": 6},
+    "attention": {"batch": 1, "context": 512, "heads": 34, "head_dim": 64, "kv_heads": 34},
+    "loss": {"batch": 2, "context": 512, "d_model": 128, "vocabulary": 8192},
+}
+GPU_SIZES: dict[str, Sizes] = {
+    "decode": {"batch": 16, "context": 32768, "queries": 1, "heads": 47, "head_dim": 64, "rank": 2},
+    "contract": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "rank": 6},
+    "attention": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "kv_heads": 47},
+    "loss": {"batch": 16, "context": 1024, "d_model": 1024, "vocabulary": 50304},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One callable to time. `least_bytes`: what it must at least read and write, where that is the limit."""
+
+    name: str
+    mode: str
+    run: Callable[[], object]
+    least_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    operation: str
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+    rows: list[Row]
+
+
+def plan(operation: str, given: dict[str, int | None], *, device: str | None, dtype: str | None) -> Plan:
+    """The rows to time. Sizes, device and dtype that are None take what fits the device.
+
+    Raises ValueError, in one sentence, for a device that is not there and for sizes that do not go together.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    defaults = (GPU_SIZES if where.type == "cuda" else CPU_SIZES)[operation]
+    sizes = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    if operation == "attention" and given["kv_heads"] is None:
+        sizes["kv_heads"] = sizes["heads"]
+    if sizes.get("head_dim", 2) % 2:
+        raise ValueError(f"--head-dim must be even for RoPE, got {sizes['head_dim']}")
+    if sizes.get("heads", 0) % sizes.get("kv_heads", 1):
+        raise ValueError(f"--kv-heads {sizes['kv_heads']} must divide --heads {sizes['heads']}")
+    precision = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+
+    torch.manual_seed(0)
+    with torch.device(where):
+        rows = BUILDERS[operation](sizes, precision)
+    return Plan(operation, where, precision, sizes, rows)
+
+
+def decode_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    B, M, T, H = sizes["batch"], sizes["context"], sizes["queries"], sizes["heads"]
+    D, R = sizes["head_dim"], sizes["rank"]
+    q_BTHD = torch.randn(B, T, H, D, dtype=dtype)
+    a_k, a_v = torch.randn(2, B, M, R, H, dtype=dtype)
+    b_k, b_v = torch.randn(2, B, M, R, D, dtype=dtype)
+    k_BMHD, v_BMHD = torch.randn(2, B, M, H, D, dtype=dtype)
+    scale = D**-0.5
+    q_and_o = 2 * _bytes(q_BTHD)
+
+    def tpa(backend: str) -> Row:
+        run = _without_gradients(lambda: decode(q_BTHD, a_k, b_k, a_v, b_v, scale=scale, backend=backend))
+        return Row(backend, "forward", run, q_and_o + _bytes(a_k, b_k, a_v, b_v))
+
+    mha = _without_gradients(lambda: attention(q_BTHD, k_BMHD, v_BMHD, scale=scale, causal=False))
+    return [
+        tpa("sdpa"),
+        tpa("plain"),
+        Row("MHA over a full cache", "forward", mha, q_and_o + _bytes(k_BMHD, v_BMHD)),
+    ]
+
+
+def contract_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    B, T, H, D, R = (sizes[name] for name in ("batch", "context", "heads", "head_dim", "rank"))
+    a = torch.randn(B, T, R, H, dtype=dtype, requires_grad=True)
+    b = torch.randn(B, T, R, D, dtype=dtype, requires_grad=True)
+    angle = torch.arange(T)[:, None] * 1e4 ** (-2 * torch.arange(D // 2) / D)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    least_bytes = _bytes(a, b) + B * T * H * D * a.element_size()
+
+    def separate_passes() -> torch.Tensor:
+        return torch.einsum("btrh,btrd->bthd", a, rotate(b, cos, sin)) / R
+
+    return [
+        *_both_modes("separate passes", separate_passes, [a, b], least_bytes),
+        *_both_modes("plain", lambda: contract(a, b, cos, sin, backend="plain"), [a, b], least_bytes),
+    ]
+
+
+def attention_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    B, T, H, G, D = (sizes[name] for name in ("batch", "context", "heads", "kv_heads", "head_dim"))
+    q = torch.randn(B, T, H, D, dtype=dtype, requires_grad=True)
+    k = torch.randn(B, T, G, D, dtype=dtype, requires_grad=True)
+    v = torch.randn(B, T, G, D, dtype=dtype, requires_grad=True)
+
+    def rows(backend: str) -> list[Row]:
+        return _both_modes(backend, lambda: attention(q, k, v, scale=D**-0.5, backend=backend), [q, k, v])
+
+    return [*rows("sdpa"), *rows("plain")]
+
+
+def loss_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    N, C, V = sizes["batch"] * sizes["context"], sizes["d_model"], sizes["vocabulary"]
+    x = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(V, C) * C**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,))
+
+    def all_logits() -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+
+    rows = [
+        *_both_modes("all logits", all_logits, [x, weight]),
+        *_both_modes("plain (chunks)", lambda: linear_cross_entropy(x, weight, targets), [x, weight]),
+    ]
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is not None:
+        chunked = options()
+        torch_own = getattr(F, "linear_cross_entropy")  # noqa: B009 (not in every supported torch)
+        rows += _both_modes(
+            "torch's chunks",
+            lambda: torch_own(x, weight, targets, reduction="none", options=chunked),
+            [x, weight],
+        )
+    return rows
+
+
+BUILDERS: dict[str, Callable[[Sizes, torch.dtype], list[Row]]] = {
+    "decode": decode_rows,
+    "contract": contract_rows,
+    "attention": attention_rows,
+    "loss": loss_rows,
+}
+
+
+def _both_modes(
+    name: str, forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], least_bytes: int | None = None
+) -> list[Row]:
+    # A full tensor, as a next layer would send back: the stride-0 gradient of a sum times other code paths.
+    gradient = torch.randn_like(_without_gradients(forward)())
+
+    def forward_and_backward() -> object:
+        return torch.autograd.grad(forward(), inputs, gradient)
+
+    return [
+        Row(name, "forward", _without_gradients(forward), least_bytes),
+        Row(name, "forward+backward", forward_and_backward),
+    ]
+
+
+def _without_gradients(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return torch.no_grad()(forward)
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

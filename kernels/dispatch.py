@@ -1,0 +1,53 @@
+"""Which backend runs an operation: the one rule shared by all of them."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Backend = TypeVar("Backend", bound=Callable[..., torch.Tensor])
+
+_said: set[tuple[str, str]] = set()
+
+
+def choose(
+    op_name: str,
+    backend: str,
+    candidates: Mapping[str, Backend],
+    cannot: Mapping[str, str] | None = None,
+) -> Backend:
+    """The function that runs `op_name`.
+
+    backend     "auto" or a name in `candidates`
+    candidates  name -> function, in the order in which "auto" prefers them here
+    cannot      name -> why that candidate cannot run these inputs on this device
+
+    "auto" takes the first candidate that can run and logs each choice once per operation.
+    Raises ValueError for an unknown name, for a named backend that cannot run, and when none can.
+    """
+    cannot = cannot or {}
+    if backend == "auto":
+        name = next((name for name in candidates if name not in cannot), None)
+        if name is None:
+            reasons = "; ".join(f"{name}: {why}" for name, why in cannot.items())
+            raise ValueError(f"{op_name}: no backend can run this ({reasons})")
+        _say_once(op_name, name)
+        return candidates[name]
+    if backend not in candidates:
+        allowed = ", ".join(["auto", *candidates])
+        raise ValueError(f"{op_name}: unknown backend {backend!r}; allowed: {allowed}")
+    if backend in cannot:
+        raise ValueError(f"{op_name}: backend {backend!r} cannot run here: {cannot[backend]}")
+    return candidates[backend]
+
+
+# Under torch.compile this runs while tracing: the message still appears once, without a graph break.
+@torch.compiler.assume_constant_result
+def _say_once(op_name: str, name: str) -> bool:
+    if (op_name, name) not in _said:
+        _said.add((op_name, name))
+        log.info("%s: backend auto takes %s", op_name, name)
+    return True

@@ -1,0 +1,89 @@
+"""Linear layer and cross-entropy in chunks of tokens, each recomputed in the backward pass.
+
+Why not torch's own F.linear_cross_entropy: its chunked path came after 2.11, returns half-precision losses
+for half-precision inputs, breaks the graph under torch.compile, and was slower than these chunks on a CPU
+(`python -m kernels.bench loss` times it beside them where torch has it).
+
+Shapes: N tokens (flattened), C model dimension, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# One chunk's float32 logits. The backward pass holds a few tensors of this size at a time.
+CHUNK_LOGIT_BYTES = 256 * 2**20
+
+
+def linear_cross_entropy(
+    x_NC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """-log softmax(x Wᵀ)[target] of every token.
+
+    x_NC          (N, C) final hidden states
+    weight_VC     (V, C) weight of the head
+    targets_N     (N,) int64 token ids
+    ignore_index  the target that marks a token without loss
+    chunk_tokens  tokens whose logits exist at once; by default as many as 256 MiB of float32 hold
+                  (rounded down to a multiple of 128: 1,280 at a vocabulary of 50,304)
+    returns       (N,) float32 (float64 when x or the weight is), 0 where the target is ignored
+
+    The product runs in autocast's dtype inside autocast, in the wider of the two dtypes outside; the softmax
+    always in float32 or float64. With one chunk nothing is recomputed.
+    Raises ValueError for chunk_tokens below 1 and for shapes that do not fit.
+    """
+    N, V = x_NC.shape[0], weight_VC.shape[0]
+    if weight_VC.shape[1:] != x_NC.shape[1:] or targets_N.shape != (N,):
+        raise ValueError(
+            f"linear_cross_entropy: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets"
+            f" {tuple(targets_N.shape)} must be (N, C), (V, C), (N,)"
+        )
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(V)
+    if chunk_tokens < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_tokens must be at least 1, got {chunk_tokens}")
+
+    dtype = _product_dtype(x_NC, weight_VC)
+    if chunk_tokens >= N:
+        return _losses(x_NC, weight_VC, targets_N, ignore_index, dtype)
+    chunks = zip(x_NC.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+    losses = [
+        checkpoint(
+            _losses, x, weight_VC, targets, ignore_index, dtype, use_reentrant=False, preserve_rng_state=False
+        )
+        for x, targets in chunks
+    ]
+    return torch.cat(losses)
+
+
+def default_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose float32 logits fill CHUNK_LOGIT_BYTES: a multiple of 128, at least 128."""
+    return max(1, CHUNK_LOGIT_BYTES // (4 * vocabulary) // 128) * 128
+
+
+def _product_dtype(x_NC: torch.Tensor, weight_VC: torch.Tensor) -> torch.dtype:
+    device = x_NC.device.type
+    wider = torch.promote_types(x_NC.dtype, weight_VC.dtype)
+    if torch.is_autocast_enabled(device) and wider != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return wider
+
+
+def _losses(
+    x_NC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    targets_N: torch.Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The losses of one chunk, all of whose logits exist at once."""
+    # Cast here and not by autocast: its cached copy of the weight would be shared by all chunks, and their
+    # gradients would be added up in half precision.
+    logits_NV = F.linear(x_NC.to(dtype), weight_VC.to(dtype))
+    logits_NV = logits_NV.to(torch.promote_types(dtype, torch.float32))
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="none")

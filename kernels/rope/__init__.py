@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from kernels.rope.plain import rotate
+
+__all__ = ["rotate"]

@@ -1,0 +1,156 @@
+"""The token cache: what it keeps, reuses, refuses and repairs; several processes at once."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from data_helpers import TEXTS, many_texts, write_jsonl
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from datamodules.documents import Document, Source, hash64
+from datamodules.errors import BadData
+from datamodules.text_files import file_source
+from datamodules.token_cache import cached_shards
+from datamodules.tokenizer import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("T6_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def source_of(texts, name="texts", reads=None):
+    """A source over texts; `reads` collects one entry each time that it is read."""
+
+    def documents():
+        if reads is not None:
+            reads.append(name)
+        for i, text in enumerate(texts):
+            yield Document(text, "even" if i % 2 == 0 else "odd", hash64(text))
+
+    return Source(name, f"{name} {hash(tuple(texts))}", documents)
+
+
+def test_entry_holds_every_document_exactly():
+    tokenizer = load_tokenizer("bpe", 400, lambda: TEXTS)
+    texts = many_texts(3000) + TEXTS
+    (shard,) = cached_shards([source_of(texts)], tokenizer)
+    assert shard.tokens.dtype == np.uint16
+    assert len(shard.n_bytes) == len(texts)
+    for i, text in enumerate(texts):
+        assert tokenizer.decode(shard.tokens[shard.offsets[i] : shard.offsets[i + 1]]) == text
+        assert shard.n_bytes[i] == len(text.encode())
+        assert shard.domains[shard.domain[i]] == ("even" if i % 2 == 0 else "odd")
+        assert shard.key[i] == hash64(text)
+    assert shard.counts.tolist() == np.bincount(shard.tokens, minlength=tokenizer.vocab_size).tolist()
+
+
+def test_second_use_reads_and_tokenizes_nothing(caplog):
+    caplog.set_level(logging.INFO)
+    tokenizer, reads = load_tokenizer("bytes", 0, list), []
+    first = cached_shards([source_of(TEXTS, "a", reads), source_of(TEXTS, "b", reads)], tokenizer)
+    caplog.clear()
+    again = cached_shards([source_of(TEXTS, "a", reads), source_of(TEXTS, "b", reads)], tokenizer)
+    assert reads == ["a", "b"]
+    assert [shard.checksum for shard in again] == [shard.checksum for shard in first]
+    assert "nothing is tokenized" in caplog.text
+    cached_shards([source_of(TEXTS, "a", reads), source_of(TEXTS, "c", reads)], tokenizer)
+    assert reads == ["a", "b", "c"]  # only what is new
+
+
+def test_another_tokenizer_or_a_changed_file_is_another_entry(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def tokens(spec):
+        source = file_source(path, "text", None, "text", "file")
+        return len(cached_shards([source], load_tokenizer(spec, 300, lambda: TEXTS))[0].tokens)
+
+    as_bytes = tokens("bytes")
+    assert tokens("bpe") < as_bytes
+    write_jsonl(path, [*TEXTS, "more"])
+    assert tokens("bytes") == as_bytes + 4
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "key.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damaged_entry_is_made_again(file, damage, home, caplog):
+    tokenizer, reads = load_tokenizer("bytes", 0, list), []
+    (before,) = cached_shards([source_of(TEXTS, reads=reads)], tokenizer)
+    expected = before.tokens.tolist()
+    (path,) = (home / "tokens").glob(f"*/{file}")
+    data = path.read_bytes()
+    path.unlink()  # `before` still maps the old bytes
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        path.write_bytes(bytes([data[0] ^ 255]) + data[1:])
+    (after,) = cached_shards([source_of(TEXTS, reads=reads)], tokenizer)
+    assert after.tokens.tolist() == expected
+    assert after.checksum == before.checksum
+    assert len(reads) == 2
+    assert "is damaged" in caplog.text
+
+
+def test_killed_writer_leaves_nothing_in_the_way(home):
+    tokenizer = load_tokenizer("bytes", 0, list)
+    cached_shards([source_of(TEXTS)], tokenizer)
+    (entry,) = [path for path in (home / "tokens").iterdir() if path.is_dir()]
+    entry.rename(entry.with_suffix(".tmp"))  # as if killed just before the rename
+    (entry.with_suffix(".tmp") / "tokens.bin").write_bytes(b"half")
+    (shard,) = cached_shards([source_of(TEXTS)], tokenizer)
+    assert len(shard.tokens) == sum(len(text.encode()) for text in TEXTS)
+    assert not entry.with_suffix(".tmp").exists()
+
+
+def test_bad_source_leaves_nothing_behind(home):
+    def documents():
+        yield Document("good", "text", 1)
+        raise BadData("line 2 is bad.")
+
+    with pytest.raises(BadData, match="line 2"):
+        cached_shards([Source("s", "s", documents)], load_tokenizer("bytes", 0, list))
+    assert [path for path in (home / "tokens").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_two_processes_fill_one_entry(tmp_path, home):
+    path = write_jsonl(tmp_path / "a.jsonl", many_texts(5000))
+    code = (
+        "import sys, pathlib\n"
+        "from datamodules.text_files import file_source\n"
+        "from datamodules.token_cache import cached_shards\n"
+        "from datamodules.tokenizer import load_tokenizer\n"
+        "source = file_source(pathlib.Path(sys.argv[1]), 'text', None, 'text', 'file')\n"
+        "print(cached_shards([source], load_tokenizer('bytes', 0, list))[0].checksum)\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=100)[0] for process in both]
+    assert printed[0] == printed[1] != ""
+    assert len([entry for entry in (home / "tokens").iterdir() if entry.is_dir()]) == 1
+
+
+def test_byte_counts_are_exact_without_a_byte_level_tokenizer(tmp_path):
+    loaded = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    loaded.normalizer = normalizers.BertNormalizer()
+    loaded.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[SEP]"])
+    loaded.train_from_iterator(TEXTS, trainer)
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    (shard,) = cached_shards([source_of([*TEXTS, "   "])], load_tokenizer(str(tmp_path), 0, list))
+    assert shard.n_bytes.tolist() == [len(text.encode()) for text in TEXTS]  # "   " has no tokens
+    assert shard.token_bytes is not None
+    sums = np.add.reduceat(shard.token_bytes, shard.offsets[:-1])
+    assert sums.tolist() == shard.n_bytes.tolist()
+
+
+def test_meta_counts_what_is_there(home):
+    cached_shards([source_of(TEXTS)], load_tokenizer("bytes", 0, list))
+    (path,) = (home / "tokens").glob("*/meta.json")
+    meta = json.loads(path.read_text())
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert (meta["documents"], meta["tokens"], meta["bytes"]) == (len(TEXTS), size, size)

@@ -1,0 +1,117 @@
+"""Softmax attention: every backend against a loop over heads in float64.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, E value dimension.
+"""
+
+import pytest
+import torch
+
+from kernels.attention import attention
+from kernels.tolerances import assert_close, assert_matches
+
+BACKENDS = ["plain", "sdpa"]
+
+
+def head_by_head(q, k, v, *, scale, mask):
+    """Attention of each head with its group's K and V; `mask` bool, broadcastable to (B, 1, T, M)."""
+    H, G = q.shape[2], k.shape[2]
+    heads = []
+    for h in range(H):
+        g = h // (H // G)
+        scores = scale * q[:, :, h] @ k[:, :, g].transpose(1, 2)
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * mask[:, 0]
+        heads.append(weights @ v[:, :, g] / weights.sum(-1, keepdim=True).clamp_min(1e-300))
+    return torch.stack(heads, 2)
+
+
+def qkv(B: int, T: int, M: int, H: int, G: int, D: int = 16, E: int = 16) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "q": torch.randn(B, T, H, D, dtype=torch.float64),
+        "k": torch.randn(B, M, G, D, dtype=torch.float64),
+        "v": torch.randn(B, M, G, E, dtype=torch.float64),
+    }
+
+
+def ragged_mask(B: int, T: int, M: int) -> torch.Tensor:
+    """Every row sees a different number of tokens; the first row of the first sequence sees none."""
+    lengths = torch.randint(1, M + 1, (B, 1, T, 1))
+    lengths[0, 0, 0] = 0
+    return torch.arange(M) < lengths
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "H", "G"), [(1, 3, 3), (63, 3, 1), (63, 34, 2), (63, 47, 47), (1, 34, 17)])
+def test_causal(T, H, G, dtype, backend):
+    mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    assert_matches(
+        lambda q, k, v: attention(q, k, v, scale=0.3, backend=backend),
+        lambda q, k, v: head_by_head(q, k, v, scale=0.3, mask=mask),
+        qkv(2, T, T, H, G),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "M", "H", "G"), [(1, 63, 34, 34), (63, 33, 6, 2), (5, 1, 3, 1)])
+def test_ragged_mask_with_a_row_that_sees_nothing(T, M, H, G, dtype, backend):
+    mask = ragged_mask(2, T, M)
+    inputs = qkv(2, T, M, H, G, E=24)
+    assert_matches(
+        lambda q, k, v: attention(q, k, v, scale=0.3, causal=False, mask=mask, backend=backend),
+        lambda q, k, v: head_by_head(q, k, v, scale=0.3, mask=mask),
+        inputs,
+        dtype,
+    )
+    blind = attention(**_suffixed(inputs), scale=0.3, causal=False, mask=mask, backend=backend)[0, 0]
+    assert (blind == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_visible_and_transposed_views(backend):
+    inputs = qkv(2, 5, 63, 6, 3)
+    views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+    assert not views["q"].is_contiguous()
+    got = attention(**_suffixed(views), scale=0.3, causal=False, backend=backend)
+    everything = torch.ones(1, 1, 5, 63, dtype=torch.bool)
+    assert_close(got, head_by_head(**inputs, scale=0.3, mask=everything), torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_the_expected_value(backend):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 64, 8, 16)
+    v = torch.ones(4, 64, 8, 16)
+    o = attention(q, k, v, scale=0.3, causal=False, dropout=0.25, backend=backend)
+    assert o.std() > 0.01
+    assert abs(o.mean() - 1) < 0.01
+
+
+def test_plain_stays_in_float32_under_autocast():
+    inputs = {name: x.float() for name, x in _suffixed(qkv(1, 9, 9, 3, 3)).items()}
+    alone = attention(**inputs, scale=0.3, backend="plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(**inputs, scale=0.3, backend="plain"), alone)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    q, k, v = torch.randn(3, 1, 4, 6, 8)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="exclude each other"):
+        attention(q, k, v, scale=1.0, mask=mask)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        attention(q, k[:, :3], v[:, :3], scale=1.0)
+    with pytest.raises(ValueError, match="multiple of G"):
+        attention(q, k[:, :, :4], v[:, :, :4], scale=1.0)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        attention(q, k, v, scale=1.0, causal=False, mask=mask.float())
+    with pytest.raises(ValueError, match="mask must be bool"):
+        attention(q, k, v, scale=1.0, causal=False, mask=mask[0, 0])
+    with pytest.raises(ValueError, match="unknown backend 'flash'"):
+        attention(q, k, v, scale=1.0, backend="flash")
+
+
+def _suffixed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"q_BTHD": inputs["q"], "k_BMGD": inputs["k"], "v_BMGE": inputs["v"]}

@@ -1,0 +1,98 @@
+"""The operation benchmark: JSON, table, bad input, and a light --help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kernels.bench.__main__ import main
+
+TINY = {
+    "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
+    "contract": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
+    "attention": ["--batch", "1", "--context", "33", "--heads", "6", "--head-dim", "8", "--kv-heads", "2"],
+    "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
+}
+QUICK = ["--seconds", "0", "--device", "cpu"]
+
+
+def check(result: dict, operation: str, backends: set[str]) -> None:
+    assert result["operation"] == operation
+    assert {row["backend"] for row in result["rows"]} >= backends
+    assert result["copy_bytes_per_second"] > 1e8
+    assert {"device", "torch", "git_commit", "date", "dtype", "sizes"} <= result.keys()
+    for row in result["rows"]:
+        low, high = row["quartiles_s"]
+        assert 0 < low <= row["median_s"] <= high
+        baseline = next(
+            other
+            for other in result["rows"]
+            if other["mode"] == row["mode"] and other["backend"] == row["ratio_to"]
+        )
+        assert row["ratio"] == pytest.approx(baseline["median_s"] / row["median_s"])
+
+
+@pytest.mark.parametrize(
+    ("operation", "backends"),
+    [
+        ("contract", {"plain", "separate passes"}),
+        ("attention", {"plain", "sdpa"}),
+        ("loss", {"plain (chunks)", "all logits"}),
+    ],
+)
+def test_json_on_standard_output(operation, backends, capsys):
+    assert main([operation, *TINY[operation], *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, operation, backends)
+    assert {row["mode"] for row in result["rows"]} == {"forward", "forward+backward"}
+
+
+def test_as_a_command_with_json_in_a_file(tmp_path):
+    file = tmp_path / "decode.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.bench", "decode", *TINY["decode"], *QUICK, "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    check(result, "decode", {"plain", "sdpa", "MHA over a full cache"})
+    assert result["sizes"] == {"batch": 1, "context": 33, "queries": 1, "heads": 3, "head_dim": 8, "rank": 2}
+    # q and o: 3·8; a: 2·33·2·3; b: 2·33·2·8 elements of 4 bytes.
+    assert result["rows"][0]["least_bytes"] == 4 * (2 * 24 + 2 * 198 + 2 * 528)
+    assert "median ms" in done.stdout
+    assert "MHA over a full cache" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["decode", "--rank", "0"], "--rank: must be a whole number of at least 1, got '0'"),
+        (["attention", "--heads", "6", "--kv-heads", "4"], "--kv-heads 4 must divide --heads 6"),
+        (["contract", "--head-dim", "7"], "--head-dim must be even for RoPE, got 7"),
+        (["loss", "--seconds", "soon"], "--seconds: must be a number of seconds, got 'soon'"),
+        (["loss", "--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["train"], "invalid choice: 'train'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, *(["--device", "cpu"] if arguments != ["train"] else [])])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_help_does_not_import_torch():
+    script = (
+        "import sys, contextlib\n"
+        "from kernels.bench.__main__ import main\n"
+        "with contextlib.suppress(SystemExit): main(['decode', '--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--rank N" in done.stdout

@@ -1,0 +1,145 @@
+"""Decoding over a cache of factors: every backend against attention over K and V formed in float64.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E value dimension, S rank of K,
+U rank of V.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels.decode.plain
+from kernels.attention import attention
+from kernels.decode import decode
+from kernels.tolerances import assert_close, assert_matches
+
+BACKENDS = ["plain", "sdpa"]
+
+
+def over_full_keys_and_values(q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *, scale, mask=None):
+    k_BMHD = torch.einsum("bmsh,bmsd->bmhd", a_k_BMSH, b_k_BMSD) / a_k_BMSH.shape[2]
+    v_BMHE = torch.einsum("bmuh,bmue->bmhe", a_v_BMUH, b_v_BMUE) / a_v_BMUH.shape[2]
+    return attention(q_BTHD, k_BMHD, v_BMHE, scale=scale, causal=False, mask=mask, backend="plain")
+
+
+def cache(
+    B: int, T: int, M: int, H: int, S: int, U: int, D: int = 16, E: int = 16
+) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "q_BTHD": (B, T, H, D),
+        "a_k_BMSH": (B, M, S, H),
+        "b_k_BMSD": (B, M, S, D),
+        "a_v_BMUH": (B, M, U, H),
+        "b_v_BMUE": (B, M, U, E),
+    }
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def ragged_mask(B: int, T: int, M: int) -> torch.Tensor:
+    """Sequences of different lengths with a causal tail; the first one is empty."""
+    lengths = torch.randint(1, M + 1, (B, 1, 1, 1))
+    lengths[0] = 0
+    visible = torch.arange(M) < lengths - torch.arange(T - 1, -1, -1).view(1, 1, T, 1)
+    return visible.expand(B, 1, T, M)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 cached tokens, so that short caches cross several of their borders."""
+    monkeypatch.setattr(kernels.decode.plain, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(kernels.decode.plain, "MIN_CHUNK_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("T", "M", "H", "S", "U"), [(1, 1, 3, 1, 1), (1, 63, 34, 2, 6), (1, 64, 47, 6, 1), (3, 63, 3, 1, 2)]
+)
+def test_forward_and_gradients(T, M, H, S, U, dtype, backend):
+    assert_matches(
+        lambda **inputs: decode(**inputs, scale=0.3, backend=backend),
+        lambda **inputs: over_full_keys_and_values(**inputs, scale=0.3),
+        cache(2, T, M, H, S, U, E=24),
+        dtype,
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "M"), [(1, 63), (4, 33)])
+def test_ragged_lengths_with_an_empty_sequence(T, M, dtype, backend):
+    mask = ragged_mask(3, T, M)
+    inputs = cache(3, T, M, 34, 2, 1)
+    assert_matches(
+        lambda **inputs: decode(**inputs, scale=0.3, mask=mask, backend=backend),
+        lambda **inputs: over_full_keys_and_values(**inputs, scale=0.3, mask=mask),
+        inputs,
+        dtype,
+    )
+    assert (decode(**inputs, scale=0.3, mask=mask, backend=backend)[0] == 0).all()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_online_softmax_survives_logits_far_apart(order):
+    """Logits over a range of 10,000: chunks far below the running maximum, and a maximum that jumps."""
+    inputs = {name: x.float() for name, x in cache(1, 1, 63, 3, 1, 1).items()}
+    inputs["q_BTHD"].fill_(1.0)
+    inputs["a_k_BMSH"].fill_(1.0)
+    height = torch.linspace(-5000, 5000, 63) * (1 if order == "ascending" else -1)
+    inputs["b_k_BMSD"] = (height / 16).view(1, 63, 1, 1).expand(1, 63, 1, 16)
+    o = decode(**inputs, scale=1.0, backend="plain")
+    top = 62 if order == "ascending" else 0
+    expected = inputs["a_v_BMUH"][:, top].transpose(1, 2) * inputs["b_v_BMUE"][:, top]
+    assert_close(o[:, 0], expected.double(), torch.float32)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_auto_agrees_with_both_backends(T):
+    inputs = cache(2, T, 63, 34, 2, 6)
+    results = [decode(**inputs, scale=0.3, backend=backend) for backend in ("auto", "plain", "sdpa")]
+    truth = over_full_keys_and_values(**inputs, scale=0.3)
+    for result in results:
+        assert_close(result, truth, torch.float64)
+
+
+class LargestStorage(TorchDispatchMode):
+    """Records the most elements that any tensor returned by an operator has storage for."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factor_space_never_forms_keys_or_values(dtype):
+    M, H, D = 4096, 34, 64
+    inputs = {name: x.to(dtype) for name, x in cache(1, 1, M, H, 6, 2, D=D, E=D).items()}
+    largest = {}
+    for backend in BACKENDS:
+        with LargestStorage() as recorded, torch.no_grad():
+            decode(**inputs, scale=0.125, backend=backend)
+        largest[backend] = recorded.elements
+    assert largest["sdpa"] >= M * H * D, "the recorder does not see K"
+    assert largest["plain"] < M * H * D
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    inputs = cache(2, 1, 9, 3, 2, 2)
+    with pytest.raises(ValueError, match="decode: q, a_k, b_k, a_v, b_v are"):
+        decode(**{**inputs, "a_k_BMSH": inputs["a_k_BMSH"][:, :, :1]}, scale=1.0)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        decode(**inputs, scale=1.0, mask=torch.ones(2, 1, 1, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="unknown backend 'triton'"):
+        decode(**inputs, scale=1.0, backend="triton")
