@@ -95,9 +95,12 @@ class Tokenizer:
         return self._tokenizers.decode([int(id) for id in ids if int(id) < known], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 bytes of the ids without specials; exactly the text's for byte-level tokenizers."""
+        """UTF-8 bytes of the ids without specials; exactly the text's for byte-level tokenizers.
+
+        Ids beyond the vocabulary, which a model with padded rows may draw, stand for nothing.
+        """
         if self._pieces is not None:
-            return b"".join([self._pieces[int(id)] for id in ids])
+            return b"".join([self._pieces[int(id)] for id in ids if int(id) < len(self._pieces)])
         return self.decode(ids).encode()
 
     def to_json(self) -> str:

@@ -116,7 +116,8 @@ def sample_text(module: T6Module, data: TokenData, half: bool) -> tuple[KVCache,
     n_new = capacity - prompt_BT.shape[1] + 1
     tokens = []
     started = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    # Compiled blocks stay eager here: a cache that grows by a token a step would be compiled anew each time.
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.compiler.set_stance("force_eager"):
         for token_B in generate(net, prompt_BT, n_new, top_k=50, generator=generator, cache=cache):
             tokens.append(token_B.cpu())
             started = started or time.perf_counter()  # the first token is the prefill's
