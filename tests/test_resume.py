@@ -115,7 +115,10 @@ def test_killed_runs_end_bit_for_bit_as_the_uninterrupted_one(home: Path, refere
 
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(home: Path, reference: str) -> None:
     process = subprocess.Popen(
-        command("fit", *TINY, "--run", "signalled"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("fit", *TINY, "--run", "signalled"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while logged_step(home, "signalled") < 7:
         assert process.poll() is None
