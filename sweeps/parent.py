@@ -25,7 +25,7 @@ class ParentRun:
     def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
         from mlflow.exceptions import MlflowException
 
-        from t6_lightning.tracking import experiment_id, open_client
+        from t6_lightning.tracking_store import experiment_id, open_client
 
         try:
             self._client: MlflowClient = open_client()

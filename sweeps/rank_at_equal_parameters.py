@@ -12,7 +12,7 @@ from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.presets import load_net
 
 PRESET = "quickstart"
-MAX_STEPS = 80  # the budget of a trial: enough to see the method work, too few to believe a small difference
+MAX_STEPS = 60  # the budget of a trial: enough to see the method work, too few to believe a small difference
 
 base = load_net(PRESET)
 

@@ -43,6 +43,8 @@ class T6Module(pl.LightningModule):
         self.confine_to_documents = confine_to_documents
         self.compile_blocks = compile
         self.initial_weights: dict[str, torch.Tensor] | None = None
+        self.figures: dict[str, float] = {}
+        """`val/*` of the last validation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
         # Plain types only: checkpoints are read without unpickling code.
         self.save_hyperparameters({"net": net.to_dict()}, logger=False)
@@ -102,7 +104,6 @@ class T6Module(pl.LightningModule):
     ) -> None:
         # Lightning's own clipping refuses fused optimizers under mixed precision; the norm is wanted anyway.
         limit = gradient_clip_val or float("inf")
-        self.initial_weights: dict[str, torch.Tensor] | None = None
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -113,11 +114,9 @@ class T6Module(pl.LightningModule):
         self.metrics.update(losses, batch["targets"], batch["n_bytes"], batch["domain"])
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.metrics.compute()
+        self.figures = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         self.metrics.reset()
-        self.log_dict(
-            {f"val/{name}": value for name, value in figures.items()}, logger=False, sync_dist=False
-        )
+        self.log_dict(self.figures, logger=False)  # for callbacks that watch a metric; in float32
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

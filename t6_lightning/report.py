@@ -45,9 +45,7 @@ def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
 def finish(cli: T6CLI, folder: RunFolder) -> dict[str, Any]:
     """Measure what is measured once, log it with the artifacts, and write summary.json."""
     net = cli.model.config
-    figures = {
-        name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
-    }
+    figures = cli.model.figures
     cache, text, speed = sample_text(cli.model, cli.datamodule, cli.trainer.precision == "bf16-mixed")
     element_bytes = next(iter(cache.tensors.values())).element_size()
     row_bytes = cache.n_bytes / len(cache.lengths)
@@ -61,20 +59,23 @@ def finish(cli: T6CLI, folder: RunFolder) -> dict[str, Any]:
         "decode/tokens_per_second": speed,
         "n_parameters": sum(p.numel() for p in cli.model.net.parameters()),
     }
-    cli.tracking.log_metrics(once, step=cli.trainer.global_step)
+    step = cli.trainer.max_steps
+    cli.tracking.log_metrics(once, step=step)
     sample_file = folder.path / "sample.txt"
     write_atomically(sample_file, text)
     for file in (sample_file, plot_losses(cli, folder)):
         cli.tracking.log_artifact(file)
     data = cli.datamodule.summary()
     references = {name: data[name] for name in REFERENCES if data.get(name) is not None}
+    validations = cli.tracking.history("val/bits_per_byte")
     summary = figures | once | references | {
+        "val/bits_per_byte_before": validations[-2][1] if len(validations) > 1 else None,
         "kv_cache/dtype": str(next(iter(cache.tensors.values())).dtype).removeprefix("torch."),
         "kv_cache/mha_bytes_per_token": mha_elements * element_bytes,
-        "data/tokens": cli.datamodule.samples * cli.datamodule.context,
+        "data/tokens": step * (cli.cadence.tokens_per_step or 0),
         "data/fingerprint": cli.datamodule.fingerprint,
         "mechanism": net.attention.mechanism,
-        "step": cli.trainer.global_step,
+        "step": step,
         "seconds": round(time.monotonic() - cli.started, 1),
         "checkpoint": str(folder.last_checkpoint()),
         "mlflow_run_id": cli.tracking.version,
@@ -181,13 +182,15 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     table.add_row("training tokens", f"{summary['data/tokens']:,} in {summary['step']:,} steps")
     table.add_row("validation loss", f"{summary['val/loss']:.4f} nats per token")
     table.add_row("validation perplexity", f"{summary['val/perplexity']:.2f}")
-    table.add_row("validation bits per byte", f"{summary['val/bits_per_byte']:.4f}")
+    now, before = summary["val/bits_per_byte"], summary["val/bits_per_byte_before"]
+    trend = "" if before is None else f", {_trend(before - now)} from {before:.4f} at the validation before"
+    table.add_row("validation bits per byte", f"{now:.4f}{trend}")
     for name, value in summary.items():
-        if name.endswith("/bits_per_byte") and name != "val/bits_per_byte":
+        if name.endswith("/bits_per_byte") and name.count("/") == 2:
             table.add_row(f"  {name.split('/')[1]}", f"{value:.4f}")
     for name, label in REFERENCES.items():
         if name in summary:
-            table.add_row(f"  {label}", f"{summary[name]:.4f}")
+            table.add_row(f"  {label}", f"{summary[name]:.4f} (the model: {now / summary[name] - 1:+.1%})")
     measured, predicted = summary["kv_cache/bytes_per_token"], summary["kv_cache/predicted_bytes_per_token"]
     mha = summary["kv_cache/mha_bytes_per_token"]
     table.add_row(
@@ -200,6 +203,10 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     console.print("see the run  python -m mlflow_server", soft_wrap=True)
     generate = f"python -m t6_lightning generate --ckpt_path {summary['checkpoint']} --prompt 'def main'"
     console.print(f"write text   {generate}", soft_wrap=True)
+
+
+def _trend(fall: float) -> str:
+    return "still falling" if fall > 0 else "no longer falling"
 
 
 def print_figures(title: str, figures: dict[str, float]) -> None:

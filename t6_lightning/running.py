@@ -123,7 +123,9 @@ def _changes(folder: RunFolder, cli: T6CLI) -> list[str]:
         return []
     before = dict(_leaves(yaml.safe_load(folder.config_file.read_text())))
     now = dict(_leaves(yaml.safe_load(cli.config_yaml)))
-    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    # Where a run is logged is no part of what it computes.
+    names = [name for name in sorted(before | now) if not name.startswith("tracking.")]
+    names = [name for name in names if before.get(name) != now.get(name)]
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
 
 
@@ -220,8 +222,7 @@ def test(cli: T6CLI) -> int:
 def _evaluate(cli: T6CLI, loop: Any) -> int:
     checkpoint = _required_checkpoint(cli)
     loop(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
-    figures = {name: float(value) for name, value in sorted(cli.trainer.callback_metrics.items())}
-    report.print_figures(str(checkpoint), figures)
+    report.print_figures(str(checkpoint), cli.model.figures)
     return 0
 
 

@@ -2,9 +2,7 @@
 
 # No postponed annotations here: to resolve them for the command line, jsonargparse would run the
 # TYPE_CHECKING block below and so import MLflow, seconds before anyone needs it.
-import logging
 import math
-import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -14,48 +12,11 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.home import t6_home
 from t6_lightning.runs import RunFolder
+from t6_lightning.tracking_store import experiment_id, open_client
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
-
-log = logging.getLogger(__name__)
-
-
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in T6_HOME."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{t6_home() / 'mlflow.db'}"
-
-
-def open_client() -> "MlflowClient":
-    """A client of the tracking store. MLflow takes seconds to import: only those who log pay for it."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    uri = tracking_uri()
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    from mlflow.tracking import MlflowClient
-
-    # MLflow sets up its logging at import; the first start would announce every migration of a new database.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
-
-
-def experiment_id(client: "MlflowClient", name: str) -> str:
-    """The experiment of that name, made if need be; with a local store its artifacts go to T6_HOME/mlartifacts."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    local = tracking_uri().startswith("sqlite:")
-    location = (t6_home() / "mlartifacts" / name).as_uri() if local else None
-    try:
-        return client.create_experiment(name, artifact_location=location)
-    except Exception:  # another process was first
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
 
 
 class MLflowTracking(Logger):
@@ -76,7 +37,7 @@ class MLflowTracking(Logger):
         if parent:
             self.tags["mlflow.parentRunId"] = parent
         self.run_folder: RunFolder | None = None
-        self._client: "MlflowClient | None" = None
+        self._client: MlflowClient | None = None
         self._run_id: str | None = None
         self._last_step: dict[str, int] = {}
 

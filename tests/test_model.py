@@ -198,7 +198,8 @@ def test_gradients_reach_every_parameter_and_stay_finite_in_bf16(config: T6Confi
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
 
 
 def test_greedy_generation_is_the_argmax_of_the_full_forward(config: T6Config) -> None:

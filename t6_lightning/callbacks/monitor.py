@@ -115,8 +115,8 @@ class Monitor(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            self.tracking.log_metrics(figures, step=trainer.global_step)
+            assert isinstance(pl_module, T6Module)
+            self.tracking.log_metrics(pl_module.figures, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         self.check_finite()  # a checkpoint of broken weights is worse than none

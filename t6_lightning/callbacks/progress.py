@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from t6_lightning.callbacks.cadence import stepped
 from t6_lightning.callbacks.monitor import Monitor
 from t6_lightning.console import console
+from t6_lightning.module import T6Module
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -58,7 +59,8 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        figures = trainer.callback_metrics
+        assert isinstance(pl_module, T6Module)
+        figures = pl_module.figures
         console.print(
             f"step {trainer.global_step}: validation loss {figures['val/loss']:.4f}, "
             f"perplexity {figures['val/perplexity']:.2f}, bits per byte {figures['val/bits_per_byte']:.4f}"
