@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import json
 import os
@@ -44,6 +45,14 @@ def git_tags() -> dict[str, str]:
         "mlflow.source.git.commit": commit,
         "git_dirty": str(dirty).lower(),
     }
+
+
+def user() -> str:
+    """Who runs this; in a container the number may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def describe() -> dict[str, Any]:

@@ -186,6 +186,9 @@ def _preset(cli: T6CLI) -> str:
 
 def _tags(cli: T6CLI) -> dict[str, str]:
     return environment.git_tags() | {
+        "mlflow.user": environment.user(),
+        "mlflow.source.name": "python -m t6_lightning fit",
+        "mlflow.source.type": "LOCAL",
         "mechanism": cli.model.config.attention.mechanism,
         "preset": _preset(cli),
         "corpus": type(cli.datamodule).__name__,
