@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import signal
 import sys
 import warnings
 
@@ -27,6 +29,9 @@ COMMANDS = {
     "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
     "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
 }
+
+# What is wrong with the disk rather than with the program.
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def usage() -> str:
@@ -58,6 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (BadInput, BadData) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def quiet_libraries() -> None:

@@ -50,8 +50,10 @@ def fit(cli: T6CLI) -> int:
     cli.datamodule.prepare_data()
     cli.model.check_tokenizer(cli.datamodule)
 
-    _announce(cli, folder, checkpoint, plan)
-    return _train(cli, folder, checkpoint)
+    cli.tracking.connect()
+    with folder.locked():
+        _announce(cli, folder, checkpoint, plan)
+        return _train(cli, folder, checkpoint)
 
 
 def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:

@@ -13,9 +13,13 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from datamodules.home import t6_home
 from t6_lightning.checkpoint_files import newest_verified
@@ -52,6 +56,22 @@ class RunFolder:
         """What run.json holds; empty when there is none yet."""
         file = self.path / "run.json"
         return json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one training process; the lock goes with the process, however it ends.
+
+        Raises:
+            BadInput: another process is training this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise BadInput(
+                f"--run={self.name!r} is not possible: another process is training it now"
+            ) from None
 
     def update_record(self, **values: Any) -> None:
         """Change some of run.json."""

@@ -12,8 +12,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from t6_lightning.errors import BadInput
 from t6_lightning.runs import RunFolder
-from t6_lightning.tracking_store import experiment_id, open_client
+from t6_lightning.tracking_store import experiment_id, open_client, tracking_uri, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -52,19 +53,33 @@ class MLflowTracking(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "MlflowClient":
-        """The client, once `start` has opened the run."""
-        assert self._client is not None, "start() comes first"
+        """The client, once `connect` has reached the store."""
+        assert self._client is not None, "connect() comes first"
         return self._client
+
+    @rank_zero_only
+    def connect(self) -> None:
+        """Reach the tracking store, before anything is spent.
+
+        Raises:
+            BadInput: it cannot be reached or used.
+        """
+        try:
+            self._client = open_client()
+            self._experiment_id = experiment_id(self._client, self.experiment_name)
+        except Exception as error:  # MLflow's, SQLAlchemy's and those of HTTP mean the same to the user
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            said = f"MLFLOW_TRACKING_URI={tracking_uri()!r} cannot be used: {reason}"
+            raise BadInput(without_secrets(said)) from error
 
     @rank_zero_only
     def start(self, run_folder: RunFolder, tags: dict[str, str]) -> None:
         """Open the folder's MLflow run: the one it had before, or a new one."""
         self.run_folder = run_folder
-        client = self._client = open_client()
+        client = self.experiment
         self._run_id = run_folder.record.get("mlflow_run_id")
         if self._run_id is None:
-            experiment = experiment_id(client, self.experiment_name)
-            run = client.create_run(experiment, run_name=run_folder.name, tags=self.tags | tags)
+            run = client.create_run(self._experiment_id, run_name=run_folder.name, tags=self.tags | tags)
             self._run_id = run.info.run_id
             run_folder.update_record(mlflow_run_id=self._run_id)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,16 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{t6_home() / 'mlflow.db'}"
 
 
+def without_secrets(text: str) -> str:
+    """A text with user and password in its URIs hidden."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
 def open_client() -> MlflowClient:
     """A client of the tracking store. MLflow takes seconds to import: only those who log pay for it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own default keeps trying a dead server for four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     uri = tracking_uri()
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

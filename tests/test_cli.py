@@ -368,6 +368,24 @@ def test_a_run_name_taken_by_another_configuration(
     assert "model.optimizer.lr" in said
 
 
+def test_a_run_that_another_process_is_training(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunFolder("busy").locked():
+        said = refused(capsys, "fit", *TINY, "--run", "busy")
+    assert "--run='busy' is not possible: another process is training it now" in said
+    assert not RunFolder("busy").exists
+
+
+def test_a_tracking_server_that_is_not_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    said = refused(capsys, "fit", *TINY, "--run", "untracked")
+    assert "MLFLOW_TRACKING_URI='http://***@127.0.0.1:9' cannot be used" in said
+    assert "secret" not in said
+    assert not RunFolder("untracked").path.exists()
+
+
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "'trian' is not a command: choose one of fit, validate" in capsys.readouterr().err

@@ -103,7 +103,10 @@ def kills(home: Path, run: str, number: int, seed: int) -> None:
     for i in range(number):
         # Each life gets a little further than the one before, at the latest to step 28.
         step = max(logged_step(home, run), 0) + rng.randint(1, max(1, 28 // number))
-        kill_at(home, run, min(step, 28), rng.uniform(0, 0.15), *(["--ckpt_path", "last"] if i % 2 else []))
+        say_last = i % 2 == 1 and RunFolder(run).last_checkpoint() is not None
+        kill_at(
+            home, run, min(step, 28), rng.uniform(0, 0.15), *(["--ckpt_path", "last"] if say_last else [])
+        )
 
 
 def test_killed_runs_end_bit_for_bit_as_the_uninterrupted_one(home: Path, reference: str) -> None:
