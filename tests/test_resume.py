@@ -42,7 +42,8 @@ def logged_step(home: Path, run: str) -> int:
     folder = RunFolder(run)
     if "mlflow_run_id" not in folder.record:
         return -1
-    with sqlite3.connect(f"file:{home / 'mlflow.db'}?mode=ro", uri=True, timeout=10) as database:
+    # Not read-only: a kill in the middle of a write leaves a journal, which the next reader rolls back.
+    with sqlite3.connect(home / "mlflow.db", timeout=30) as database:
         found = database.execute(
             "SELECT MAX(step) FROM metrics WHERE key = 'train/loss' AND run_uuid = ?",
             (folder.record["mlflow_run_id"],),
