@@ -85,10 +85,12 @@ def newest_verified(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for checkpoint in in_order(folder)[:-keep]:
-        checkpoint.unlink(missing_ok=True)
-        _checksum_file(checkpoint).unlink(missing_ok=True)
+    """Remove all but the newest `keep` checkpoints, and what a killed process left half-written or half-removed."""
+    kept = in_order(folder)[-keep:]
+    names = {file.name for checkpoint in kept for file in (checkpoint, _checksum_file(checkpoint))}
+    for file in folder.iterdir():
+        if file.name.lstrip(".").startswith("step-") and file.name not in names:
+            file.unlink(missing_ok=True)
 
 
 def load(checkpoint: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from commands import TINY, command, fit, run
 
+from t6_lightning import checkpoint_files
 from t6_lightning.__main__ import COMMANDS, main
 from t6_lightning.presets import preset_names
 from t6_lightning.runs import RunFolder
@@ -89,6 +90,20 @@ def test_a_run_leaves_everything_it_promises(home: Path, trained: Path) -> None:
     assert summary["val/bits_per_byte"] < summary["unigram_bits_per_byte"] * 1.2
     assert summary["data/tokens"] == 30 * 256
     assert data["domains"].keys() == {"code", "prose"}
+
+
+def test_what_a_kill_leaves_is_removed_with_old_checkpoints(tmp_path: Path) -> None:
+    kept = [f"step-0000000{i}.ckpt{suffix}" for i in (2, 3) for suffix in ("", ".sha256")]
+    litter = [
+        "step-00000000.ckpt.sha256",
+        "step-00000001.ckpt",
+        ".step-00000002.ckpt.99",
+        ".step-00000009.ckpt.7.sha256",
+    ]
+    for name in (*kept, *litter, "notes.txt"):
+        (tmp_path / name).write_text("x")
+    checkpoint_files.prune(tmp_path, keep=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*kept, "notes.txt"])
 
 
 def test_old_checkpoints_are_pruned(home: Path, trained: Path) -> None:
