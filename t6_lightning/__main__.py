@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {command!r} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     quiet_libraries()
-    module = importlib.import_module(COMMANDS[command][0])
     try:
+        module = importlib.import_module(COMMANDS[command][0])
         return module.main(arguments)
     except (BadInput, BadData) as error:
         print(f"error: {error}", file=sys.stderr)

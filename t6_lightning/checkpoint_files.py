@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def load(checkpoint: Path) -> dict[str, Any]:
         raise BadInput(
             f"checkpoint {checkpoint} is damaged: its checksum differs from the one written with it"
         )
+    if not zipfile.is_zipfile(checkpoint):
+        raise BadInput(f"{checkpoint} cannot be read as a checkpoint: it is no file that torch.save wrote")
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, pickle and torch errors all mean the same to the user

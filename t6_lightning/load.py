@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,8 +13,17 @@ from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 
 
-def load_model(checkpoint: Path, device: str | None = None) -> tuple[T6, Tokenizer]:
-    """The model in evaluation mode, on the GPU where there is one, and the tokenizer it was trained with.
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, and what it was trained with."""
+
+    model: T6
+    tokenizer: Tokenizer
+    confine_to_documents: bool
+
+
+def load_model(checkpoint: Path, device: str | None = None) -> Trained:
+    """The model of a checkpoint, on the GPU where there is one.
 
     Raises:
         BadInput: no such checkpoint, or a damaged one.
@@ -29,4 +39,5 @@ def load_model(checkpoint: Path, device: str | None = None) -> tuple[T6, Tokeniz
         }
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), Tokenizer.from_json(state["tokenizer"])
+    confined = bool(state["hyper_parameters"].get("confine_to_documents", False))
+    return Trained(model.to(device).eval(), Tokenizer.from_json(state["tokenizer"]), confined)

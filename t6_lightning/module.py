@@ -47,7 +47,8 @@ class T6Module(pl.LightningModule):
         """`val/*` of the last validation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
         # Plain types only: checkpoints are read without unpickling code.
-        self.save_hyperparameters({"net": net.to_dict()}, logger=False)
+        plain = {"net": net.to_dict(), "confine_to_documents": confine_to_documents}
+        self.save_hyperparameters(plain, logger=False)
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):

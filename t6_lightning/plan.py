@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,13 @@ class Plan:
         """Refuse a run whose checkpoints cannot fit.
 
         Raises:
-            BadInput: less disk is free than the kept checkpoints take.
+            BadInput: T6_HOME cannot be written to, or less disk is free than the kept checkpoints take.
         """
         folder: Path = t6_home()
         while not folder.exists():
             folder = folder.parent
+        if not os.access(folder, os.W_OK):
+            raise BadInput(f"T6_HOME={str(t6_home())!r} is not possible: {folder} cannot be written to")
         free = shutil.disk_usage(folder).free
         if free < self.disk_bytes:
             raise BadInput(

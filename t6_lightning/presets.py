@@ -23,16 +23,32 @@ def config_file(name: str) -> Path:
     """The YAML file of a preset's name or a path.
 
     Raises:
-        BadInput: neither a file nor a preset.
+        BadInput: neither a file nor a preset, or a file that holds no settings.
     """
     if Path(name).is_file():
+        read_yaml(Path(name))
         return Path(name)
     preset = FOLDER / f"{name}.yaml"
     if preset.is_file():
         return preset
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(preset_names())}"
-    raise BadInput(f"--config={name!r} is neither a file nor a preset: {hint}")
+    raise BadInput(f"{name!r} is neither a file nor a preset: {hint}")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings that a file holds.
+
+    Raises:
+        BadInput: no text, no YAML, or no mapping of names to values.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds no settings: a configuration is a YAML mapping such as `trainer: ...`")
+    return content
 
 
 def load_net(name: str) -> T6Config:
@@ -42,10 +58,7 @@ def load_net(name: str) -> T6Config:
         BadInput: no such file, no YAML, no `model.net`, or an impossible model.
     """
     file = config_file(name)
-    try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file)
     try:
         net = content["model"]["net"]
     except (KeyError, TypeError):

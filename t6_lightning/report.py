@@ -13,7 +13,7 @@ from rich.table import Table
 from datamodules.base import TokenData
 from t6_lightning import presets
 from t6_lightning.callbacks.progress import duration
-from t6_lightning.console import console
+from t6_lightning.console import console, python
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.generate import generate
 from t6_lightning.module import T6Module
@@ -200,8 +200,8 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     table.add_row("time", f"{summary['seconds']:,.0f} s")
     console.print(table)
     console.print(f"checkpoint   {summary['checkpoint']}", soft_wrap=True)
-    console.print("see the run  python -m mlflow_server", soft_wrap=True)
-    generate = f"python -m t6_lightning generate --ckpt_path {summary['checkpoint']} --prompt 'def main'"
+    console.print(f"see the run  {python()} -m mlflow_server", soft_wrap=True)
+    generate = f"{python()} -m t6_lightning generate --ckpt_path {summary['checkpoint']} --prompt 'def main'"
     console.print(f"write text   {generate}", soft_wrap=True)
 
 

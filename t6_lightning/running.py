@@ -112,9 +112,12 @@ def _where_to_go_on(cli: T6CLI) -> tuple[RunFolder, Path | None]:
         return folder, None
     changes = _changes(folder, cli)
     if changes:
+        onward = "add --ckpt_path last to go on with the new values"
+        if folder.last_checkpoint() is None:
+            onward = f"remove {folder.path}, which holds no checkpoint yet"
         raise BadInput(
             f"--run={name!r} is not possible: that run exists with another configuration ({'; '.join(changes[:3])}); "
-            "choose another name, or add --ckpt_path last to go on with the new values"
+            f"choose another name, or {onward}"
         )
     return folder, folder.last_checkpoint()
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# The smallest real run: bytes of the standard library, dropout, accumulation of 2, two data workers.
+# The smallest real run: bytes of the standard library, dropout, accumulation of 2, two data workers. Every 3 steps are
+# logged and every 5 saved, so that checkpoints lie between logged steps.
 TINY = [
     *("--model.net.d_model", "32", "--model.net.n_layers", "2", "--model.net.context", "32"),
     *("--model.net.vocab_size", "257", "--model.net.attention.n_heads", "3", "--model.net.dropout", "0.1"),
     *("--model.net.attention.head_dim", "16", "--data.tokenizer", "bytes", "--data.batch_size", "4"),
     *("--data.val_tokens", "1500", "--data.num_workers", "2", "--cadence.tokens_per_step", "256"),
-    *("--cadence.validate_every_tokens", "2560", "--cadence.log_every_steps", "1"),
+    *("--cadence.validate_every_tokens", "2560", "--cadence.log_every_steps", "3"),
     *("--checkpoints.every_tokens", "1280", "--trainer.max_steps", "30"),
 ]
 

@@ -14,13 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One T6_HOME for all runs of the session (of all xdist workers), so that the corpus is tokenized once."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    home = base / "t6_home"
-    home.mkdir(exist_ok=True)
-    return home
+    """One T6_HOME for all runs of this pytest worker, so that it tokenizes the corpus once."""
+    return tmp_path_factory.mktemp("t6_home")
 
 
 @pytest.fixture

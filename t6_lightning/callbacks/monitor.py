@@ -45,6 +45,13 @@ class Monitor(pl.Callback):
         self._seconds = 0.0
         self._started: float | None = None
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The losses since the last logged step: a checkpoint may lie between two logged steps."""
+        return {"sum": self.loss.mean_value.cpu(), "weight": self.loss.weight.cpu()}  # pyright: ignore
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss.mean_value, self.loss.weight = state_dict["sum"], state_dict["weight"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.loss.to(pl_module.device)
         self._first_bad_step = torch.full((), -1, device=pl_module.device)

@@ -49,15 +49,16 @@ def file_windows(
 
 @torch.inference_mode()
 def evaluate_windows(
-    model: T6, windows: ValidationWindows, names: list[str], batch_size: int
+    model: T6, windows: ValidationWindows, names: list[str], batch_size: int, confine_to_documents: bool
 ) -> LanguageModelMetrics:
-    """Token losses of all windows, in bf16 on a GPU as in training, summed per file."""
+    """Token losses of all windows, in bf16 on a GPU and confined to documents as in training, summed per file."""
     device = model.embedding.weight.device
     metrics = LanguageModelMetrics(names).to(device)
     for first in track(range(0, len(windows), batch_size), "evaluating", transient=True):
         batch = {name: value.to(device) for name, value in windows.batch(first, batch_size).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = model.token_losses(batch["tokens"], batch["targets"])
+            documents = batch["documents"] if confine_to_documents else None
+            losses = model.token_losses(batch["tokens"], batch["targets"], documents)
         metrics.update(losses, batch["targets"], batch["n_bytes"], batch["domain"])
     return metrics
 
@@ -82,12 +83,15 @@ def main(arguments: list[str]) -> int:
     )
     find_files(options.files)
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run)
-    model, tokenizer = load_model(checkpoint)
-    context = options.context or model.config.context
+    trained = load_model(checkpoint)
+    context = options.context or trained.model.config.context
     names, windows = file_windows(
-        options.files, options.text_field, options.txt_documents, tokenizer, context
+        options.files, options.text_field, options.txt_documents, trained.tokenizer, context
     )
-    figures = evaluate_windows(model, windows, names, options.batch_size).per_domain()
+    metrics = evaluate_windows(
+        trained.model, windows, names, options.batch_size, trained.confine_to_documents
+    )
+    figures = metrics.per_domain()
     if options.json:
         result: dict[str, Any] = {"checkpoint": str(checkpoint), "context": context, "files": figures}
         show_json(result, options.json)

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from t6_lightning.commands.parser import Parser
+from t6_lightning.errors import require
 from t6_lightning.load import load_model
 from t6_lightning.model.generate import generate
 from t6_lightning.runs import resolve_checkpoint
@@ -23,13 +24,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments[1:])
-    model, tokenizer = load_model(resolve_checkpoint(options.ckpt_path, options.run))
+    require(0 <= options.seed < 2**63, "--seed", options.seed, "it must be 0 or above, and below 2**63")
+    trained = load_model(resolve_checkpoint(options.ckpt_path, options.run))
+    model, tokenizer = trained.model, trained.tokenizer
     device = model.embedding.weight.device
     # Every document of the training data opens with the separator.
     ids = [tokenizer.eot, *tokenizer.encode(options.prompt).tolist()]
-    shown = options.prompt
-    sys.stdout.write(shown)
-    written: list[int] = ids[1:]
     tokens = generate(
         model,
         torch.tensor([ids], device=device),
@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
         top_k=options.top_k,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
+    shown = options.prompt
+    sys.stdout.write(shown)
+    written: list[int] = ids[1:]
     for token_B in tokens:
         token = int(token_B[0])
         if token == tokenizer.eot:

@@ -6,10 +6,11 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 
 import torch
 
-from t6_lightning.errors import require
+from t6_lightning.errors import BadInput, require
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.t6 import T6
 
@@ -30,7 +31,6 @@ def sample(
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-@torch.inference_mode()
 def generate(
     model: T6,
     prompt_BT: torch.Tensor,
@@ -56,13 +56,30 @@ def generate(
         BadInput: a setting out of range.
     """
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "it must be at least 1")
-    require(temperature >= 0, "temperature", temperature, "it must be 0 or above")
+    require(isfinite(temperature) and temperature >= 0, "temperature", temperature, "it must be 0 or above")
     require(top_k is None or top_k >= 1, "top_k", top_k, "it must be at least 1")
     batch, n_prompt = prompt_BT.shape
     require(n_prompt >= 1, "prompt", n_prompt, "it must hold at least one token")
     if cache is None:
-        cache = model.new_cache(batch, n_prompt + max_new_tokens - 1)
-    tokens_BT = prompt_BT
+        try:
+            cache = model.new_cache(batch, n_prompt + max_new_tokens - 1)
+        except RuntimeError as error:  # the allocator's
+            raise BadInput(
+                f"max_new_tokens={max_new_tokens} needs a larger cache than memory holds"
+            ) from error
+    return _generate(model, prompt_BT, max_new_tokens, temperature, top_k, generator, cache)
+
+
+@torch.inference_mode()
+def _generate(
+    model: T6,
+    tokens_BT: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+    cache: KVCache,
+) -> Iterator[torch.Tensor]:
     for _ in range(max_new_tokens):
         logits_BV = model(tokens_BT, cache=cache)[:, -1]
         token_B = sample(logits_BV, temperature, top_k, generator)
