@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -48,10 +49,10 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("T6_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
-    for i in range(60):
-        (tmp_path / "texts" / f"{i}.txt").write_text(
-            f"Document {i} counts: " + " ".join(map(str, range(i, i + 90)))
-        )
+    documents = [f"Document {i} counts: " + " ".join(map(str, range(i, i + 60))) for i in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / "texts" / "documents.jsonl").write_text(lines)
+    (tmp_path / "texts" / "one.txt").write_text("A document by itself.")
     (tmp_path / "sweeps").symlink_to(ROOT / "sweeps")
     commands = readme_commands()
     assert len(commands) >= 12
