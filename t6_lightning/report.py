@@ -11,13 +11,14 @@ import torch
 from rich.table import Table
 
 from datamodules.base import TokenData
+from datamodules.home import write_atomically
 from t6_lightning import presets
 from t6_lightning.callbacks.progress import duration
 from t6_lightning.console import console, python
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.generate import generate
 from t6_lightning.module import T6Module
-from t6_lightning.runs import RunFolder, write_atomically
+from t6_lightning.runs import RunFolder
 
 if TYPE_CHECKING:
     from t6_lightning.cli import T6CLI

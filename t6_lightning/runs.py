@@ -10,7 +10,6 @@ T6_HOME/runs/NAME/
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from datamodules.home import t6_home
+from datamodules.home import t6_home, write_atomically
 from t6_lightning.checkpoint_files import newest_verified
 from t6_lightning.errors import BadInput, require
 
@@ -121,10 +120,3 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     if folder.parent == t6_home() / "runs" and (folder / "config.yaml").exists():
         return RunFolder(folder.name)
     return None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write beside and rename, so that no reader ever sees half a file."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(file)
