@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t6_lightning.budget import match_parameters
 from t6_lightning.errors import BadInput
-from t6_lightning.model.attention.base import Layout
+from t6_lightning.model.attention.base import Keys, Layout
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.generate import generate, sample
-from t6_lightning.model.init import FACTOR_INITS
-from t6_lightning.model.rope import rope_tables
+from t6_lightning.model.init import FactorShape, init_factor_
+from t6_lightning.model.rope import Rope, Tables
 from t6_lightning.model.t6 import T6
 from t6_lightning.presets import load_net, preset_names
 
@@ -100,11 +100,13 @@ def test_the_layer_sees_only_distances(config: T6Config) -> None:
         positions = torch.arange(9, dtype=torch.float64) + offset
         pairs = torch.arange(0, config.attention.head_dim, 2, dtype=torch.float64)
         angles = positions[:, None] * 10000 ** (-pairs / config.attention.head_dim)
-        return layer(x, Layout(angles.cos(), angles.sin()))
+        tables = Tables(angles.cos(), angles.sin())
+        return layer(x, Layout(tables, Keys(tables, torch.arange(9) == 0)))
 
     torch.testing.assert_close(at(1000), at(0), rtol=1e-9, atol=1e-11)
-    tables = rope_tables(torch.arange(9), config.attention.head_dim)
-    torch.testing.assert_close(layer(x, Layout(*tables)), at(0), rtol=1e-5, atol=1e-6)
+    queries, keys = Rope().query_and_key_tables(torch.arange(9), config.attention.head_dim, 10000)
+    layout = Layout(queries, Keys(keys, torch.arange(9) == 0))
+    torch.testing.assert_close(layer(x, layout), at(0), rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_and_cache_are_what_the_formulas_say(config: T6Config) -> None:
@@ -157,7 +159,7 @@ def test_reference_initialization_is_xavier_on_the_three_dimensional_view(
     view = torch.empty((d_model, n, rank) if side == "a" else (d_model, rank, n))
     torch.nn.init.xavier_uniform_(view)
     weight = torch.empty(n * rank, d_model)
-    FACTOR_INITS["xavier_reference"](weight, side, rank)  # pyright: ignore[reportArgumentType]
+    init_factor_(weight, "xavier_reference", FactorShape(side, rank, n, d_model))
     assert weight.std().item() == pytest.approx(view.std().item(), rel=0.03)
     assert weight.abs().max().item() == pytest.approx(view.abs().max().item(), rel=0.02)
 
@@ -166,7 +168,7 @@ def test_reference_variance_of_q_at_the_small_size() -> None:
     """0.0016 at R_Q = 6, measured on the public code, for inputs of unit RMS."""
     torch.manual_seed(0)
     layer = TPAConfig(n_heads=34, head_dim=64, rank_q=6).build(768)
-    factors = layer.factors(torch.randn(64, 4, 768))
+    factors = layer.contextual_factors(torch.randn(64, 4, 768))
     q = torch.einsum("btrh,btrd->bthd", factors["a_q"], factors["b_q"]) / 6
     assert q.var().item() == pytest.approx(0.0016, rel=0.1)
 
@@ -232,11 +234,11 @@ def test_config_survives_the_round_trip_through_plain_types(config: T6Config) ->
         ({"dropout": 1.0}, r"dropout=1.0 is not possible: it must be at least 0 and below 1"),
         (
             {"attention": {"class_path": "TPA"}},
-            "attention.class_path='TPA' is not possible: choose one of MHAConfig",
+            "attention.class_path='TPA' is not possible: choose one of MFAConfig, MHAConfig",
         ),
         (
             {"attention": {"class_path": "TPAConfig", "init_args": {"rank_k": 0}}},
-            "attention.rank_k=0 is not possible: a rank is an integer >= 1",
+            "attention.rank_k=0 is not possible: it must be an integer >= 1",
         ),
         (
             {"attention": {"class_path": "MHAConfig", "init_args": {"head_dim": 7}}},

@@ -23,6 +23,14 @@ def attention(
     if mask is not None:
         blind_B1T1 = ~mask.any(-1, keepdim=True)
         mask = mask | blind_B1T1
+    H, G, T = q_BTHD.shape[2], k_BMGD.shape[2], q_BTHD.shape[1]
+    folded = H != G and not causal
+    if folded:
+        # The heads of a group read the same K and V: as further queries of one head nothing is repeated,
+        # whatever implementation SDPA picks (its math one repeats K and V under enable_gqa).
+        q_BTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
+        if mask is not None and T > 1:
+            mask = mask.repeat_interleave(H // G, dim=2)
     o_BHTE = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BMGD.transpose(1, 2),
@@ -31,8 +39,10 @@ def attention(
         dropout_p=dropout,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BMGD.shape[2],
+        enable_gqa=H != G and not folded,
     )
+    if folded:
+        o_BHTE = o_BHTE.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
     if blind_B1T1 is not None:
         o_BHTE = o_BHTE.masked_fill(blind_B1T1, 0)
     return o_BHTE.transpose(1, 2)

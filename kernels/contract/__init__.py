@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, R rank, H heads, D head dimension.
 import torch
 
 from kernels.contract import plain
+from kernels.contract.plain import outer
 from kernels.dispatch import choose
 
 
@@ -15,6 +16,7 @@ def contract(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     *,
+    pairing: str = "halves",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Q_t = (1/R) Σ_r a_r ⊗ RoPE(b_r), eq. 3.1 and 3.2; without cos and sin nothing is rotated (V).
@@ -22,6 +24,7 @@ def contract(
     a_BTRH    (B, T, R, H) head factors
     b_BTRD    (B, T, R, D) feature factors
     cos, sin  (T, D/2) or (B, T, D/2), both or neither
+    pairing   which dimensions RoPE pairs: "halves" or "interleaved"
     backend   "auto" or "plain"
     returns   (B, T, H, D)
 
@@ -35,4 +38,7 @@ def contract(
     if (cos is None) != (sin is None):
         raise ValueError("contract: give both cos and sin, or neither")
     run = choose("contract", backend, {"plain": plain.contract})
-    return run(a_BTRH, b_BTRD, cos, sin)
+    return run(a_BTRH, b_BTRD, cos, sin, pairing)
+
+
+__all__ = ["contract", "outer"]

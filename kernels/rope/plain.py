@@ -1,4 +1,4 @@
-"""Rotary position embedding on pairs of halves.
+"""Rotary position embedding on pairs of halves or of neighbours.
 
 Shapes: B batch, T tokens, R ranks (or heads: any axis that shares a token's position), D head dimension.
 """
@@ -6,25 +6,41 @@ Shapes: B batch, T tokens, R ranks (or heads: any axis that shares a token's pos
 import torch
 
 
-def rotate(x_BTRD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE(x) of section 3.2, on the pairs (x[..., j], x[..., j + D/2]).
+def rotate(
+    x_BTRD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str = "halves"
+) -> torch.Tensor:
+    """RoPE(x) of section 3.2: y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos on every pair (x1, x2).
 
-    y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos: the direction of the paper's reference code. Llama in
-    transformers turns the other way; swapping the halves of q and k heads converts exactly.
+    This is the direction of the paper's reference code; Llama in transformers turns the other way, which
+    negated sines give.
 
     x_BTRD    (B, T, R, D), D even
-    cos, sin  (T, D/2), or (B, T, D/2) when rows of the batch stand at different positions
+    cos, sin  (T, W/2), or (B, T, W/2) when rows of the batch stand at different positions; W <= D: the first
+              W dimensions turn, the others stay (partial RoPE)
+    pairing   "halves": pairs (x[j], x[j + W/2]), as the reference and Llama; "interleaved": pairs
+              (x[2j], x[2j+1]), as the paper's text and DeepSeek
     returns   (B, T, R, D) in x's dtype; the arithmetic runs in the wider of the dtypes of x and the tables
 
-    Raises ValueError when the tables do not fit x (they would broadcast silently).
+    Raises ValueError when the tables do not fit x (they would broadcast silently) or the pairing is unknown.
     """
     B, T, _, D = x_BTRD.shape
-    tables = ((T, D // 2), (B, T, D // 2))
-    if D % 2 or cos.shape not in tables or sin.shape != cos.shape:
+    width = 2 * cos.shape[-1]
+    if D % 2 or width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
         raise ValueError(
-            f"rotate: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, D/2) or (B, T, D/2)"
-            f" with D even, for x (B, T, R, D) = {tuple(x_BTRD.shape)}"
+            f"rotate: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
+            f" with W <= D and D even, for x (B, T, R, D) = {tuple(x_BTRD.shape)}"
         )
+    if pairing not in ("halves", "interleaved"):
+        raise ValueError(f"rotate: unknown pairing {pairing!r}; allowed: halves, interleaved")
+    if width == 0:
+        return x_BTRD
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    x1, x2 = x_BTRD.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x_BTRD.dtype)
+    x, stays = x_BTRD[..., :width], x_BTRD[..., width:]
+    x1, x2 = x.chunk(2, dim=-1) if pairing == "halves" else (x[..., 0::2], x[..., 1::2])
+    y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin
+    if pairing == "interleaved":
+        y1 = torch.stack((y1, y2), dim=-1).flatten(-2)
+        parts = (y1, stays)
+    else:
+        parts = (y1, y2, stays)
+    return torch.cat(parts, dim=-1).to(x_BTRD.dtype)

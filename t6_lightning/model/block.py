@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from t6_lightning.model.attention import Layout
 from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.config import T6Config
-from t6_lightning.model.init import zero_
+from t6_lightning.model.init import init_output_
 
 # Said outright: the default follows the input's dtype, and in bf16 that is 7.8e-3 instead of 1.2e-7.
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -24,14 +24,13 @@ def rms_norm(x_BTC: torch.Tensor) -> torch.Tensor:
 
 
 class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down (Shazeer, 2020); W_down starts at zero."""
+    """(silu(x W_gate) * x W_up) W_down (Shazeer, 2020)."""
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(d_model, hidden, bias=False)
         self.up = nn.Linear(d_model, hidden, bias=False)
         self.down = nn.Linear(hidden, d_model, bias=False)
-        zero_(self.down.weight)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
@@ -43,6 +42,8 @@ class Block(nn.Module):
         self.attention = config.attention.build(config.d_model)
         self.ffn = SwiGLU(config.d_model, config.ffn_width)
         self.dropout = nn.Dropout(config.dropout)
+        for writes in (self.attention.output, self.ffn.down):
+            init_output_(writes.weight, config.output_init, config.n_layers)
 
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         x_BTC = x_BTC + self.dropout(self.attention(rms_norm(x_BTC), layout, cache))

@@ -82,8 +82,8 @@ class LayerCache:
         self.n_used = n_used
         self.rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
 
-    def append(self, **new: torch.Tensor) -> list[torch.Tensor]:
-        """Write the new tokens (B, T, *entry) in place and return all tokens so far (B, M, *entry), in order."""
+    def append(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write the new tokens (B, T, *entry) in place and return all tokens so far (B, M, *entry)."""
         for name, tensor in new.items():
             self.tensors[name][self.rows, self.positions_BT] = tensor.detach().to(self.tensors[name].dtype)
-        return [self.tensors[name][:, : self.n_used] for name in new]
+        return {name: tensor[:, : self.n_used] for name, tensor in self.tensors.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.attention import AttentionConfig, attention_configs
@@ -23,6 +23,7 @@ class T6Config:
         context: tokens per training window; what "full context" means in reports.
         attention: the attention variant, a value of its own config class.
         ffn_hidden: SwiGLU's hidden size; None is the reference's floor(8/3 · d_model).
+        output_init: how W_O and the FFN's last matrix start: "zero" as the reference, "scaled" as GPT-2.
         dropout: probability, on the embedding and on what each layer adds to the residual stream.
         rope_base: base of RoPE's frequencies.
     """
@@ -33,6 +34,7 @@ class T6Config:
     context: int = 512
     attention: AttentionConfig = field(default_factory=TPAConfig)
     ffn_hidden: int | None = None
+    output_init: Literal["zero", "scaled"] = "zero"
     dropout: float = 0.0
     rope_base: float = 10000.0
 
@@ -42,8 +44,21 @@ class T6Config:
             require(isinstance(value, int) and value >= 1, name, value, "it must be an integer >= 1")
         hidden = self.ffn_hidden
         require(hidden is None or hidden >= 1, "ffn_hidden", hidden, "it must be an integer >= 1 or null")
+        require(
+            self.output_init in ("zero", "scaled"),
+            "output_init",
+            self.output_init,
+            "choose one of zero, scaled",
+        )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "it must be at least 0 and below 1")
         require(self.rope_base > 1, "rope_base", self.rope_base, "it must be above 1")
+        decay = self.attention.rope.decay or 1
+        require(
+            decay**-self.context < 1e30,
+            "rope.decay",
+            decay,
+            f"over context={self.context} keys would grow by {decay}^-{self.context}, beyond float32's range",
+        )
 
     @property
     def ffn_width(self) -> int:
@@ -68,6 +83,12 @@ class T6Config:
         """Forward FLOPs of one token that attends to `keys` tokens, 2 per multiply-add."""
         ffn = 2 * 3 * self.d_model * self.ffn_width
         layer = self.attention.flops(self.d_model, keys) + ffn
+        return self.n_layers * layer + 2 * self.d_model * self.vocab_size
+
+    def decode_flops(self, keys: float) -> float:
+        """FLOPs of generating one token with `keys` cached tokens, itself included."""
+        ffn = 2 * 3 * self.d_model * self.ffn_width
+        layer = self.attention.decode_flops(self.d_model, keys) + ffn
         return self.n_layers * layer + 2 * self.d_model * self.vocab_size
 
     def training_flops(self, context: int | None = None) -> float:
@@ -101,11 +122,19 @@ class T6Config:
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
-        if name not in known:
-            raise BadInput(f"{prefix}{name} is not a field of {cls.__name__}: choose from {', '.join(known)}")
-    return cls(**values)
+    """The dataclass `cls` of plain values; a field whose default is a dataclass takes a mapping."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise BadInput(
+                f"{prefix}{name} is not a field of {cls.__name__}: choose from {', '.join(fields)}"
+            )
+        default = fields[name].default
+        if isinstance(value, dict) and dataclasses.is_dataclass(default):
+            value = _build(type(default), value, f"{prefix}{name}.")
+        built[name] = value
+    return cls(**built)
 
 
 def mha_of_same_width(config: T6Config) -> T6Config:

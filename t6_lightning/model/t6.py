@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from kernels.loss import linear_cross_entropy
-from t6_lightning.model.attention import Layout
+from t6_lightning.model.attention import Keys, Layout
 from t6_lightning.model.block import Block, rms_norm
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.config import T6Config
-from t6_lightning.model.rope import rope_tables
+from t6_lightning.model.rope import Tables
 
 IGNORE = -100
 """Target of a position that counts in no loss."""
@@ -96,6 +96,11 @@ class T6(nn.Module):
         entries = self.config.attention.cache_entries()
         return KVCache(entries, self.config.n_layers, batch, capacity, dtype or weight.dtype, weight.device)
 
+    def _tables(self, positions: torch.Tensor) -> tuple[Tables, Tables]:
+        """RoPE tables of queries and of keys."""
+        attention = self.config.attention
+        return attention.rope.query_and_key_tables(positions, attention.rope_width(), self.config.rope_base)
+
     def _layout(self, n_tokens: int, documents_BT: torch.Tensor | None) -> Layout:
         positions = torch.arange(n_tokens, device=self.embedding.weight.device)
         mask = None
@@ -106,14 +111,17 @@ class T6(nn.Module):
             # A document starts where the index changes; positions count from there.
             starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
             positions = positions - (positions * starts_BT).cummax(dim=1).values
-        cos, sin = rope_tables(positions, self.config.attention.head_dim, self.config.rope_base)
-        return Layout(cos, sin, mask, causal=mask is None)
+        queries, keys = self._tables(positions)
+        return Layout(queries, Keys(keys, positions == 0), mask=mask, causal=mask is None)
 
     def _cached_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
-        first = cache.longest == 0
+        queries, keys = self._tables(positions_BT)
+        new = Keys(keys, positions_BT == 0)
+        if cache.longest == 0:
+            return Layout(queries, new)
+        keys_M = torch.arange(cache.longest + positions_BT.shape[1], device=positions_BT.device)
+        seen = Keys(self._tables(keys_M)[1], keys_M == 0)
         mask = None
-        if not first and (cache.ragged or positions_BT.shape[1] > 1):
-            keys_M = torch.arange(cache.longest + positions_BT.shape[1], device=positions_BT.device)
+        if cache.ragged or positions_BT.shape[1] > 1:
             mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
-        cos, sin = rope_tables(positions_BT, self.config.attention.head_dim, self.config.rope_base)
-        return Layout(cos, sin, mask, causal=first)
+        return Layout(queries, new, seen, mask, causal=False)

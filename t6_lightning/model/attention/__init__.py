@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from t6_lightning.model.attention.base import AttentionConfig, Layout
+from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -19,4 +19,4 @@ def attention_configs() -> dict[str, type[AttentionConfig]]:
     return {cls.__name__: cls for cls in AttentionConfig.__subclasses__()}
 
 
-__all__ = ["AttentionConfig", "Layout", "attention_configs"]
+__all__ = ["AttentionConfig", "AttentionLayer", "Keys", "Layout", "attention_configs"]

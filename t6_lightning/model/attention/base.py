@@ -1,6 +1,7 @@
-"""What every attention family declares (its costs) and what every attention layer is given (its layout).
+"""What every attention family declares (its costs), computes (queries, cached entries, keys) and is given.
 
-Shape suffixes: B batch, T tokens, M cached tokens, D head dimension, C d_model.
+Shape suffixes: B batch, T tokens, M keys (cached tokens and new ones), H heads, G key/value heads,
+D head dimension, E value dimension, C d_model, W turned dimensions.
 """
 
 from __future__ import annotations
@@ -8,25 +9,35 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+from torch import nn
+
+from kernels.attention import attention
 from t6_lightning.errors import require
+from t6_lightning.model.rope import Rope, Tables
 
-if TYPE_CHECKING:  # costs are arithmetic: `params` answers without loading torch
-    import torch
-    from torch import nn
+if TYPE_CHECKING:
+    from t6_lightning.model.cache import LayerCache
 
 
 class AttentionConfig(abc.ABC):
     """One attention variant as a value: subclasses are frozen dataclasses, one file per family.
 
-    A subclass names its `mechanism`, has the fields `n_heads` and `head_dim`, states what it costs in closed
-    form and builds its layer. Defining it in this folder is all it takes to make it selectable.
+    A subclass has the fields `n_heads` and `head_dim` (and `rope`, where it can be
+    chosen), states what it costs in closed form and builds its layer. Defining it in this folder is all it takes
+    to make it selectable. The formulas are arithmetic: they build no module.
     """
 
-    mechanism: ClassVar[str]
     n_heads: int
     head_dim: int
+    rope: Rope = Rope()
+
+    @property
+    def mechanism(self) -> str:
+        """What reports call it: the class's name in small letters, without "Config"."""
+        return type(self).__name__.removesuffix("Config").lower()
 
     @abc.abstractmethod
     def n_parameters(self, d_model: int) -> int:
@@ -38,32 +49,62 @@ class AttentionConfig(abc.ABC):
 
     @abc.abstractmethod
     def flops(self, d_model: int, keys: float) -> float:
-        """Forward FLOPs of one layer for one token that attends to `keys` tokens; 2 per multiply-add."""
+        """Forward FLOPs of one layer for one token that attends to `keys` tokens; 2 per multiply-add.
+
+        Counts matrix products as PyTorch's counter does, in the form that training and prefill use.
+        """
 
     @abc.abstractmethod
-    def build(self, d_model: int) -> nn.Module:
-        """The layer: `forward(x_BTC, layout, cache) -> y_BTC`."""
+    def build(self, d_model: int) -> AttentionLayer[Any]:
+        """The layer."""
+
+    def decode_flops(self, d_model: int, keys: float) -> float:
+        """As `flops`, for one new token against a cache, where it is in another form than training."""
+        return self.flops(d_model, keys)
 
     def cache_elements(self) -> int:
         """Numbers that one layer caches for one token."""
         return sum(prod(shape) for shape in self.cache_entries().values())
 
-    def check_heads(self) -> None:
-        """Refuse head counts and dimensions that no attention with RoPE can have."""
-        for field in ("n_heads", "head_dim"):
+    def rope_width(self) -> int:
+        """W, how many dimensions RoPE turns."""
+        return self.rope.width(self.head_dim)
+
+    def softmax_scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return self.head_dim**-0.5
+
+    def initial_variances(self, d_model: int) -> dict[str, float]:
+        """Variance of the entries of Q, K and V ("q", "k", "v") at initialization, for inputs of unit RMS.
+
+        nn.Linear draws from U(±1/√fan_in), of variance 1/(3 fan_in): a sum of fan_in terms has variance 1/3.
+        """
+        return {"q": 1 / 3, "k": 1 / 3, "v": 1 / 3}
+
+    def check_integers(self, **lowest: int) -> None:
+        """Refuse fields that are no integers or below their lowest value."""
+        for field, least in lowest.items():
             value = getattr(self, field)
-            require(
-                isinstance(value, int) and value >= 1,
-                f"attention.{field}",
-                value,
-                "it must be an integer >= 1",
-            )
-        require(
-            self.head_dim % 2 == 0,
-            "attention.head_dim",
-            self.head_dim,
-            "RoPE turns pairs, so it must be even",
-        )
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            require(fits, f"attention.{field}", value, f"it must be an integer >= {least}")
+
+    def check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        """Refuse a value that is none of `allowed`."""
+        value = getattr(self, field)
+        require(value in allowed, f"attention.{field}", value, f"choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where a run of keys stands.
+
+    Attributes:
+        tables: RoPE tables of keys, (M, W/2) or (B, M, W/2).
+        starts: bool (M,) or (B, M), True where a token begins its document: nothing comes before it.
+    """
+
+    tables: Tables
+    starts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,12 +112,78 @@ class Layout:
     """Where each token stands and what it may attend to; computed once per forward, shared by all layers.
 
     Attributes:
-        cos, sin: RoPE tables, float32 (T, D/2) or (B, T, D/2).
+        queries: RoPE tables of the new tokens' queries, (T, W/2) or (B, T, W/2).
+        keys: the new tokens as keys.
+        seen: everything in the cache, the new tokens included; None unless it is read (`causal` is False).
         mask: bool (B, 1, T, M), True where a token may attend; None means `causal` alone decides.
-        causal: each token sees itself and those before it (only without a mask).
+        causal: the new tokens are all there is, and each sees itself and those before it, or as `mask` says.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    queries: Tables
+    keys: Keys
+    seen: Keys | None = None
     mask: torch.Tensor | None = None
     causal: bool = True
+
+
+Config = TypeVar("Config", bound=AttentionConfig)
+
+
+class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
+    """softmax(scale · Q Kᵀ) V per head, then the output matrix; a family says what Q, K and V are.
+
+    In three parts, so that what is cached is what a family declares: `project` makes the query and the cached
+    entries of new tokens, `expand` makes keys and values of entries, and `attend_cached` reads a whole cache:
+    by expanding it, unless the family knows better.
+    """
+
+    output: nn.Linear
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config: Config = config
+
+    @abc.abstractmethod
+    def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The queries (B, T, H, D) and, by name, the entries (B, T, *shape) of `cache_entries`."""
+
+    @abc.abstractmethod
+    def expand(self, entries: dict[str, torch.Tensor], keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (B, M, G, D) and values (B, M, G, E) of entries (B, M, *shape) that stand at `keys`."""
+
+    def attend_cached(
+        self, q_BTHD: torch.Tensor, entries: dict[str, torch.Tensor], layout: Layout
+    ) -> torch.Tensor:
+        """Output per head (B, T, H, E) of queries that attend to cached entries (B, M, *shape)."""
+        assert layout.seen is not None
+        k_BMGD, v_BMGE = self.expand(entries, layout.seen)
+        scale = self.config.softmax_scale()
+        return attention(q_BTHD, k_BMGD, v_BMGE, scale=scale, causal=False, mask=layout.mask)
+
+    def finish(self, o_BTHE: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
+        """What happens to the heads' outputs before the output matrix: nothing, unless a family says so."""
+        return o_BTHE
+
+    def heads(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q (B, T, H, D), K (B, T, G, D) and V (B, T, G, E) as in training."""
+        q_BTHD, entries = self.project(x_BTC, layout)
+        return q_BTHD, *self.expand(entries, layout.keys)
+
+    def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
+        """(B, T, C) to (B, T, C); the new tokens' entries are appended to `cache`."""
+        q_BTHD, entries = self.project(x_BTC, layout)
+        seen = entries if cache is None else cache.append(entries)
+        if layout.seen is not None:
+            o_BTHE = self.attend_cached(q_BTHD, seen, layout)
+        else:
+            # Training and prefill: nothing came before these tokens, so their own K and V are all there is.
+            k_BTGD, v_BTGE = self.expand(entries, layout.keys)
+            o_BTHE = attention(
+                q_BTHD,
+                k_BTGD,
+                v_BTGE,
+                scale=self.config.softmax_scale(),
+                causal=layout.causal,
+                mask=layout.mask,
+            )
+        return self.output(self.finish(o_BTHE, x_BTC).flatten(-2))

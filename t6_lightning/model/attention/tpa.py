@@ -1,130 +1,477 @@
-"""Tensor Product Attention (Zhang et al., 2025, arXiv 2501.06425), sections 3.1 to 3.3.
+"""Tensor Product Attention (Zhang et al., 2025, arXiv 2501.06425): sections 3.1 to 3.3, appendices C and G.
 
-Shape suffixes: B batch, T tokens, M cached tokens, H heads, D head dimension, R rank, C d_model.
+Shape suffixes: B batch, T tokens, M cached tokens, H heads, D head dimension, R rank, C d_model; an axis N is
+a factor's own size: H for head factors (letter a), d_b, d_c, ... for feature factors (letters b, c, ...).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from math import prod
+from string import ascii_lowercase
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.attention import attention
-from kernels.contract import contract
+from kernels.contract import contract, outer
 from kernels.decode import decode
 from kernels.rope import rotate
 from t6_lightning.errors import require
-from t6_lightning.model.attention.base import AttentionConfig, Layout
-from t6_lightning.model.init import FACTOR_INITS, Side, zero_
+from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
+from t6_lightning.model.attention.head_factors import NAMES, nonlinearity, second_moment
+from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance, init_factor_
+from t6_lightning.model.rope import Rope, Tables
 
-if TYPE_CHECKING:
-    from t6_lightning.model.cache import LayerCache
+MAX_ORDER = 8
+NORM_EPS = 1e-5  # the reference's, for the heads' outputs
+
+
+class Factor(NamedTuple):
+    """One factor of one token: (rank, size), a linear map of the token or a parameter."""
+
+    rank: int
+    size: int
+    contextual: bool
 
 
 @dataclass(frozen=True)
 class TPAConfig(AttentionConfig):
-    """Contextual second-order TPA: Q, K and V are sums of rank-one products of two factors of the token.
+    """Q, K and V are (1/R) Σ_r a_r ⊗ vec(b_r ⊗ c_r ⊗ ...), sums of R products of small factors of the token.
 
     Attributes:
         n_heads: heads; n_heads * head_dim need not equal d_model.
-        head_dim: dimension of each head (even, for RoPE).
-        rank_q: rank of Q, R_Q.
+        head_dim: dimension of each head.
+        rank_q: rank of Q, R_Q; without effect where Q is not factorized.
         rank_k: rank of K, R_K.
         rank_v: rank of V, R_V.
-        init: initialization of the factor matrices: "xavier_reference" as the public code computes it,
-            "xavier_paper" as appendix G states it.
+        factorize_q: False makes Q one plain linear map (TPA-KVonly).
+        order: 2 is a ⊗ b; order n has n - 1 feature factors.
+        feature_dims: their sizes, with product head_dim; from order 3 on they must be said.
+        shared_b: K and V have the same b. It is cached unrotated, and rotated for K when read.
+        shared_c: Q, K and V (K and V where Q is plain) have the same c and further factors.
+        noncontextual_a: which of q, k, v have learned vectors for a instead of maps of the token, e.g. "qkv".
+        noncontextual_b: the same for b. A b of K that is a parameter is rotated when read.
+        rope: how positions enter Q and K.
+        rope_at: "factors" turns b, which is what theorems 3.1 and C.1 factorize; "product" turns the whole head
+            dimension. At order 2 both are the same function; the first caches rotated factors.
+        nonlinearity: φ of head factors, a = φ(W x / temperature): none, sigmoid, softmax_heads (H · softmax
+            over heads), softmax_ranks (R · softmax over ranks), relu2 (relu(·)²), topk_heads (softmax_heads cut to
+            the top_k largest heads of each rank, with straight-through gradients).
+        nonlinear_on: which of q, k, v it acts on.
+        temperature: divides what φ is taken of.
+        top_k: heads that topk_heads keeps.
+        init: initialization of the factors, see `t6_lightning.model.init`.
+        init_std: σ of init "normal".
+        gain_a: factor on the initial spread of a.
+        gain_b: the same for b.
+        gain_c: the same for c and further factors.
+        output_norm: RMSNorm of each head's output, with one learned weight of head_dim and eps 1e-5.
+        output_gate: o ⊙ σ(x W_g), "head": one gate per head, W_g (d_model, h); "element": one per number,
+            W_g (d_model, h · head_dim) (Qiu et al., 2025).
+        kv_shift: K'_t = α_h K_t + β_h K_{t-1} per head, with learned α = 1, β = 0 at first, and V likewise (after
+            Xu et al., 2024). K_{t-1} keeps the rotation of its own position, a document's first token has no
+            predecessor, and the cache holds no more than without.
     """
 
-    mechanism: ClassVar[str] = "tpa"
     n_heads: int = 8
     head_dim: int = 64
     rank_q: int = 6
     rank_k: int = 2
     rank_v: int = 2
-    init: Literal["xavier_reference", "xavier_paper"] = "xavier_reference"
+    factorize_q: bool = True
+    order: int = 2
+    feature_dims: tuple[int, ...] | None = None
+    shared_b: bool = False
+    shared_c: bool = False
+    noncontextual_a: str = ""
+    noncontextual_b: str = ""
+    rope: Rope = Rope()
+    rope_at: Literal["factors", "product"] = "factors"
+    nonlinearity: Literal["none", "sigmoid", "softmax_heads", "softmax_ranks", "relu2", "topk_heads"] = "none"
+    nonlinear_on: str = "qkv"
+    temperature: float = 1.0
+    top_k: int | None = None
+    init: Literal[
+        "xavier_reference",
+        "xavier_paper",
+        "xavier_paper_per_rank",
+        "normal",
+        "orthogonal",
+        "variance_preserving",
+    ] = "xavier_reference"
+    init_std: float = 0.02
+    gain_a: float = 1.0
+    gain_b: float = 1.0
+    gain_c: float = 1.0
+    output_norm: bool = False
+    output_gate: Literal["none", "head", "element"] = "none"
+    kv_shift: bool = False
 
     def __post_init__(self) -> None:
-        self.check_heads()
-        for field in ("rank_q", "rank_k", "rank_v"):
-            value = getattr(self, field)
+        if self.feature_dims is not None:
+            object.__setattr__(self, "feature_dims", tuple(self.feature_dims))
+        self.check_integers(n_heads=1, head_dim=1, rank_q=1, rank_k=1, rank_v=1, order=2)
+        self._check_order()
+        self._check_choices()
+        self._check_sharing()
+        self.rope_width()
+
+    def _check_order(self) -> None:
+        require(self.order <= MAX_ORDER, "attention.order", self.order, f"it must be at most {MAX_ORDER}")
+        dims = self.feature_dims
+        if dims is None:
             require(
-                isinstance(value, int) and value >= 1,
-                f"attention.{field}",
-                value,
-                "a rank is an integer >= 1",
+                self.order == 2,
+                "attention.feature_dims",
+                dims,
+                f"order {self.order} needs {self.order - 1} sizes with product head_dim={self.head_dim}",
             )
+            return
+        whole = all(isinstance(n, int) and n >= 1 for n in dims)
         require(
-            self.init in FACTOR_INITS, "attention.init", self.init, f"choose one of {', '.join(FACTOR_INITS)}"
+            whole and len(dims) == self.order - 1 and prod(dims) == self.head_dim,
+            "attention.feature_dims",
+            list(dims),
+            f"order {self.order} needs {self.order - 1} sizes with product head_dim={self.head_dim}",
         )
+
+    def _check_choices(self) -> None:
+        self.check_choice("rope_at", ("factors", "product"))
+        self.check_choice("nonlinearity", NAMES)
+        self.check_choice("init", tuple(SCHEMES))
+        self.check_choice("output_gate", ("none", "head", "element"))
+        parts = "qkv" if self.factorize_q else "kv"
+        for field in ("noncontextual_a", "noncontextual_b", "nonlinear_on"):
+            value = getattr(self, field)
+            acts = field != "nonlinear_on" or self.nonlinearity != "none"
+            fits = isinstance(value, str) and len(set(value)) == len(value) and set(value) <= set(parts)
+            why = "" if self.factorize_q else ", as Q is not factorized"
+            require(
+                fits or not acts, f"attention.{field}", value, f"name some of the letters {parts} once{why}"
+            )
+        if self.nonlinearity == "topk_heads":
+            k = self.top_k
+            require(
+                isinstance(k, int) and 1 <= k <= self.n_heads,
+                "attention.top_k",
+                k,
+                f"topk_heads needs 1 to n_heads={self.n_heads}",
+            )
+        else:
+            require(
+                self.top_k is None,
+                "attention.top_k",
+                self.top_k,
+                "it needs attention.nonlinearity=topk_heads",
+            )
+        for field in ("temperature", "init_std", "gain_a", "gain_b", "gain_c"):
+            value = getattr(self, field)
+            require(value > 0, f"attention.{field}", value, "it must be above 0")
+        require(
+            self.temperature == 1 or self.nonlinearity != "none",
+            "attention.temperature",
+            self.temperature,
+            "it needs an attention.nonlinearity",
+        )
+
+    def _check_sharing(self) -> None:
+        if self.order == 2:
+            both = set(self.noncontextual_a) & set(self.noncontextual_b)
+            require(
+                not both,
+                "attention.noncontextual_b",
+                self.noncontextual_b,
+                f"{''.join(sorted(both))} has a non-contextual a too, so it would not depend on the token",
+            )
+        if self.shared_b:
+            same = ("k" in self.noncontextual_b) == ("v" in self.noncontextual_b)
+            require(
+                self.rank_k == self.rank_v and same,
+                "attention.shared_b",
+                True,
+                "K and V need equal ranks, and both a contextual b or both not",
+            )
+        if self.shared_c:
+            ranks = {self.ranks[part] for part in self.ranks}
+            require(
+                self.order >= 3 and len(ranks) == 1,
+                "attention.shared_c",
+                True,
+                f"it needs order 3 or more and equal ranks, not order {self.order} and ranks {sorted(ranks)}",
+            )
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {"q": self.rank_q, "k": self.rank_k, "v": self.rank_v}
+        """Ranks of what is factorized, by letter q, k, v."""
+        ranks = {"q": self.rank_q, "k": self.rank_k, "v": self.rank_v}
+        return ranks if self.factorize_q else {part: ranks[part] for part in "kv"}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each factor by its letter: {"a": heads, "b": d_b, "c": d_c, ...}."""
+        return dict(
+            zip(ascii_lowercase, (self.n_heads, *(self.feature_dims or (self.head_dim,))), strict=False)
+        )
+
+    def factor_name(self, letter: str, part: str) -> str:
+        """Name of factor `letter` of Q, K or V: shared ones have one name."""
+        if letter == "b" and self.shared_b and part in "kv":
+            return "b_kv"
+        if letter > "b" and self.shared_c:
+            return f"{letter}_{''.join(self.ranks)}"
+        return f"{letter}_{part}"
+
+    def factors(self) -> dict[str, Factor]:
+        """Every factor once, by name."""
+        fixed = {"a": self.noncontextual_a, "b": self.noncontextual_b}
+        return {
+            self.factor_name(letter, part): Factor(rank, size, part not in fixed.get(letter, ""))
+            for part, rank in self.ranks.items()
+            for letter, size in self.sizes.items()
+        }
+
+    @property
+    def mechanism(self) -> str:
+        parts = ["tpa"]
+        parts += [] if self.factorize_q else ["kvonly"]
+        parts += ["noncontextual-a"] if self.noncontextual_a else []
+        parts += ["noncontextual-b"] if self.noncontextual_b else []
+        parts += [f"order{self.order}"] if self.order > 2 else []
+        return "-".join(parts)
+
+    @property
+    def caches_rotated_b(self) -> bool:
+        """The cached b of K is rotated already: it is K's alone, depends on the token, and is what turns."""
+        return self.rope_at == "factors" and not self.shared_b and "k" not in self.noncontextual_b
 
     def n_parameters(self, d_model: int) -> int:
-        factors = sum(self.ranks.values()) * (self.n_heads + self.head_dim)
-        return d_model * factors + d_model * self.n_heads * self.head_dim
+        factors = sum((d_model if f.contextual else 1) * f.rank * f.size for f in self.factors().values())
+        width = self.n_heads * self.head_dim
+        plain = d_model * width * (1 if self.factorize_q else 2)
+        gate = d_model * self._gate_width()
+        return factors + plain + gate + self.output_norm * self.head_dim + self.kv_shift * 4 * self.n_heads
+
+    def _gate_width(self) -> int:
+        return {"none": 0, "head": self.n_heads, "element": self.n_heads * self.head_dim}[self.output_gate]
 
     def cache_entries(self) -> dict[str, tuple[int, ...]]:
-        return {
-            "a_k": (self.rank_k, self.n_heads),
-            "b_k": (self.rank_k, self.head_dim),
-            "a_v": (self.rank_v, self.n_heads),
-            "b_v": (self.rank_v, self.head_dim),
-        }
+        factors = self.factors()
+        names = (self.factor_name(letter, part) for part in "kv" for letter in self.sizes)
+        return {name: (factors[name].rank, factors[name].size) for name in names if factors[name].contextual}
+
+    def _projection_flops(self, d_model: int) -> int:
+        maps = sum(f.rank * f.size for f in self.factors().values() if f.contextual)
+        width = self.n_heads * self.head_dim * (1 if self.factorize_q else 2)
+        return 2 * d_model * (maps + width + self._gate_width())
 
     def flops(self, d_model: int, keys: float) -> float:
         width = self.n_heads * self.head_dim
-        contraction = sum(self.ranks.values()) * width
-        return 2 * (self.n_parameters(d_model) + contraction) + 2 * 2 * width * keys
+        contraction = 2 * sum(self.ranks.values()) * width
+        return self._projection_flops(d_model) + contraction + 2 * 2 * width * keys
+
+    def decode_flops(self, d_model: int, keys: float) -> float:
+        # Only Q is contracted; K and V stay factors: h · R_K dots with b, weighted by a, and the same for V.
+        width = self.n_heads * self.head_dim
+        query = 2 * self.ranks.get("q", 0) * width
+        terms = 2 if self.kv_shift else 1  # the predecessor's factors count as further ranks
+        per_key = 2 * terms * self.n_heads * (self.rank_k * (self.head_dim + 1) + self.rank_v * self.head_dim)
+        return self._projection_flops(d_model) + query + per_key * keys
+
+    def rope_width(self) -> int:
+        if self.rope_at == "factors":
+            field = "attention.head_dim" if self.order == 2 else "attention.feature_dims"
+            return self.rope.width(self.sizes["b"], field)
+        return self.rope.width(self.head_dim)
+
+    def factor_shape(self, letter: str, part: str, d_model: int) -> FactorShape:
+        """What initialization schemes look at."""
+        rank = self.ranks[part]
+        target = 1.0
+        if letter != "a" and self.init == "variance_preserving":
+            moment = self._second_moment_of_a(part, 1.0)
+            target = (rank / (3 * moment)) ** (1 / (self.order - 1))
+        return FactorShape(letter, rank, self.sizes[letter], d_model, self.init_std, target)
+
+    def gain(self, letter: str) -> float:
+        """Factor on the initial spread of a factor."""
+        return {"a": self.gain_a, "b": self.gain_b}.get(letter, self.gain_c)
+
+    def initial_variances(self, d_model: int) -> dict[str, float]:
+        variances = super().initial_variances(d_model)
+        for part, rank in self.ranks.items():
+            spread = {
+                letter: self.gain(letter) ** 2
+                * entry_variance(self.init, self.factor_shape(letter, part, d_model))
+                for letter in self.sizes
+            }
+            head = self._second_moment_of_a(part, spread.pop("a") ** 0.5)
+            variances[part] = head * prod(spread.values()) / rank
+        return variances
+
+    def _second_moment_of_a(self, part: str, std: float) -> float:
+        chosen = self.nonlinearity if part in self.nonlinear_on else "none"
+        temperature = self.temperature if chosen != "none" else 1.0
+        return second_moment(chosen, std, self.ranks[part], self.n_heads, temperature, self.top_k)
 
     def build(self, d_model: int) -> TensorProductAttention:
         return TensorProductAttention(self, d_model)
 
 
-class TensorProductAttention(nn.Module):
-    """Q_t = (1/R_Q) A_Q(x_t)ᵀ RoPE(B_Q(x_t)), likewise K; V without RoPE (eq. 3.1 to 3.3).
+class TensorProductAttention(AttentionLayer[TPAConfig]):
+    """Q_t = (1/R_Q) A_Q(x_t)ᵀ RoPE(B_Q(x_t)), likewise K; V without RoPE (eq. 3.1 to 3.3), and their variants.
 
-    The cache holds the factors A_K, rotated B_K, A_V and B_V, never K and V (section 3.3).
+    The cache holds the factors of K and V that depend on the token, never K and V (section 3.3).
     """
 
     def __init__(self, config: TPAConfig, d_model: int) -> None:
-        super().__init__()
-        self.config = config
-        self.factor_shapes: dict[str, tuple[int, int]] = {}
-        for name, rank in config.ranks.items():
-            sides: tuple[tuple[Side, int], ...] = (("a", config.n_heads), ("b", config.head_dim))
-            for side, size in sides:
-                projection = nn.Linear(d_model, rank * size, bias=False)
-                FACTOR_INITS[config.init](projection.weight, side, rank)
-                setattr(self, f"{side}_{name}", projection)
-                self.factor_shapes[f"{side}_{name}"] = (rank, size)
-        self.output = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
-        zero_(self.output.weight)
+        super().__init__(config)
+        width = config.n_heads * config.head_dim
+        self.contextual = {name: f for name, f in config.factors().items() if f.contextual}
+        for part in config.ranks:
+            for letter in config.sizes:
+                name = config.factor_name(letter, part)
+                if not hasattr(self, name):
+                    self._add_factor(name, letter, part, d_model)
+        if not config.factorize_q:
+            self.q = nn.Linear(d_model, width, bias=False)
+        self.output = nn.Linear(width, d_model, bias=False)
+        if config.output_norm:
+            self.output_norm = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+        if config.output_gate != "none":
+            self.gate = nn.Linear(d_model, config._gate_width(), bias=False)
+        if config.kv_shift:
+            now, before = torch.ones(config.n_heads), torch.zeros(config.n_heads)
+            self.shift = nn.ParameterDict(
+                {
+                    f"{part}_{when}": value.clone()
+                    for part in "kv"
+                    for when, value in (("now", now), ("before", before))
+                }
+            )
 
-    def factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All six factors, (B, T, R, H) or (B, T, R, D), from one matrix product: six small ones are slower."""
-        weight = torch.cat([self.get_submodule(name).weight for name in self.factor_shapes])  # pyright: ignore
-        sizes = [rank * size for rank, size in self.factor_shapes.values()]
+    def _add_factor(self, name: str, letter: str, part: str, d_model: int) -> None:
+        shape = self.config.factor_shape(letter, part, d_model)
+        if name in self.contextual:
+            projection = nn.Linear(d_model, shape.rank * shape.size, bias=False)
+            setattr(self, name, projection)
+            weight = projection.weight
+        else:
+            weight = nn.Parameter(torch.empty(shape.rank, shape.size))
+            setattr(self, name, weight)
+        init_factor_(weight, self.config.init, shape, self.config.gain(letter))
+
+    def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
+        weight = torch.cat([self.get_submodule(name).weight for name in self.contextual])  # pyright: ignore
+        sizes = [f.rank * f.size for f in self.contextual.values()]
         parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
-        shapes = self.factor_shapes.items()
-        return {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+        factors = {
+            name: part.unflatten(-1, (f.rank, f.size))
+            for (name, f), part in zip(self.contextual.items(), parts, strict=True)
+        }
+        for part in self.config.ranks:
+            if f"a_{part}" in factors:
+                factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
+        return factors
 
-    def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
-        f = self.factors(x_BTC)
-        scale = self.config.head_dim**-0.5
-        q_BTHD = contract(f["a_q"], f["b_q"], layout.cos, layout.sin)
-        b_k = rotate(f["b_k"], layout.cos, layout.sin)
-        if cache is not None:
-            cached = cache.append(a_k=f["a_k"], b_k=b_k, a_v=f["a_v"], b_v=f["b_v"])
-            if not layout.causal:
-                o_BTHD = decode(q_BTHD, *cached, scale=scale, mask=layout.mask)
-                return self.output(o_BTHD.flatten(-2))
-        # Training and prefill: nothing came before these tokens, so their own K and V are all there is.
-        k_BTHD = contract(f["a_k"], b_k)
-        v_BTHD = contract(f["a_v"], f["b_v"])
-        o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, scale=scale, causal=layout.causal, mask=layout.mask)
-        return self.output(o_BTHD.flatten(-2))
+    def _nonlinear(self, a: torch.Tensor, part: str) -> torch.Tensor:
+        c = self.config
+        if part not in c.nonlinear_on:
+            return a
+        return nonlinearity(a, c.nonlinearity, c.temperature, c.top_k)
+
+    def pair(
+        self, part: str, factors: Mapping[str, torch.Tensor], turn: Tables | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head factors (B, M, R, H) and feature rows (B, M, R, D) of Q, K or V, rotated by `turn`."""
+        c = self.config
+        like = next(iter(factors.values()))
+
+        def get(letter: str) -> torch.Tensor:
+            name = c.factor_name(letter, part)
+            if name in factors:
+                return factors[name]
+            value: torch.Tensor = getattr(self, name)
+            value = self._nonlinear(value, part) if letter == "a" else value
+            return value.to(like.dtype).expand(*like.shape[:2], -1, -1)
+
+        a, b, *further = map(get, c.sizes)
+        if turn is not None and c.rope_at == "factors":
+            b = rotate(b, *turn, c.rope.pairing)
+        rows = outer((b, *further))
+        if turn is not None and c.rope_at == "product":
+            rows = rotate(rows, *turn, c.rope.pairing)
+        return a, rows
+
+    def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        c = self.config
+        factors = self.contextual_factors(x_BTC)
+        if c.factorize_q:
+            q_BTHD = contract(*self.pair("q", factors, layout.queries))
+        else:
+            q_BTHD = self.q(x_BTC).unflatten(-1, (-1, c.head_dim))
+            if c.rope_at == "factors" and c.order > 2:
+                q_BTHD = self._rotate_first_factor(q_BTHD, layout.queries)
+            else:
+                q_BTHD = rotate(q_BTHD, *layout.queries, c.rope.pairing)
+        if c.caches_rotated_b:
+            factors["b_k"] = rotate(factors["b_k"], *layout.keys.tables, c.rope.pairing)
+        return q_BTHD, {name: factors[name] for name in c.cache_entries()}
+
+    def _rotate_first_factor(self, q_BTHD: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """T_t of theorem C.1 on a plain query: R_t on each run of d_b dimensions."""
+        B, T, H, D = q_BTHD.shape
+        d_b = self.config.sizes["b"]
+        rotated = rotate(q_BTHD.reshape(B, T, H * D // d_b, d_b), *tables, self.config.rope.pairing)
+        return rotated.view(B, T, H, D)
+
+    def _keys(self, entries: Mapping[str, torch.Tensor], keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pair("k", entries, None if self.config.caches_rotated_b else keys.tables)
+
+    def expand(self, entries: dict[str, torch.Tensor], keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        k_BMHD = contract(*self._keys(entries, keys))
+        v_BMHD = contract(*self.pair("v", entries, None))
+        if self.config.kv_shift:
+            k_BMHD, v_BMHD = (
+                self.shift[f"{part}_now"].to(x.dtype)[:, None] * x
+                + self.shift[f"{part}_before"].to(x.dtype)[:, None] * predecessors(x, keys.starts)
+                for part, x in (("k", k_BMHD), ("v", v_BMHD))
+            )
+        return k_BMHD, v_BMHD
+
+    def attend_cached(
+        self, q_BTHD: torch.Tensor, entries: dict[str, torch.Tensor], layout: Layout
+    ) -> torch.Tensor:
+        c = self.config
+        assert layout.seen is not None
+        keys, values = self._keys(entries, layout.seen), self.pair("v", entries, None)
+        if c.kv_shift:
+            keys = self._shifted("k", *keys, layout.seen.starts)
+            values = self._shifted("v", *values, layout.seen.starts)
+        return decode(q_BTHD, *keys, *values, scale=c.softmax_scale(), mask=layout.mask)
+
+    def _shifted(
+        self, part: str, a: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predecessors' factors as further ranks; the 2 undoes that decoding divides by twice the rank."""
+        now, before = (2 * self.shift[f"{part}_{when}"].to(a.dtype) for when in ("now", "before"))
+        a = torch.cat((now * a, before * predecessors(a, starts)), dim=2)
+        return a, torch.cat((rows, predecessors(rows, starts)), dim=2)
+
+    def finish(self, o_BTHE: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        if c.output_norm:
+            o_BTHE = self.output_norm(o_BTHE)
+        if c.output_gate != "none":
+            gate = self.gate(x_BTC).sigmoid()
+            o_BTHE = o_BTHE * gate.unflatten(-1, (c.n_heads, -1))
+        return o_BTHE
+
+
+def predecessors(x_BMRN: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """x of the token before, and zeros where a document `starts` ((M,) or (B, M))."""
+    before = F.pad(x_BMRN[:, :-1], (0, 0, 0, 0, 1, 0))
+    return before.masked_fill(starts[..., None, None], 0)
