@@ -69,7 +69,11 @@ def default_chunk_tokens(vocabulary: int) -> int:
 def _product_dtype(x_NC: torch.Tensor, weight_VC: torch.Tensor) -> torch.dtype:
     device = x_NC.device.type
     wider = torch.promote_types(x_NC.dtype, weight_VC.dtype)
-    if torch.is_autocast_enabled(device) and wider != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and wider != torch.float64
+    ):
         return torch.get_autocast_dtype(device)
     return wider
 

@@ -13,14 +13,7 @@ from t6_lightning.model.attention import Layout
 from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.init import init_output_
-
-# Said outright: the default follows the input's dtype, and in bf16 that is 7.8e-3 instead of 1.2e-7.
-NORM_EPS = torch.finfo(torch.float32).eps
-
-
-def rms_norm(x_BTC: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without a learned weight, as in the reference."""
-    return F.rms_norm(x_BTC, x_BTC.shape[-1:], eps=NORM_EPS)
+from t6_lightning.model.norm import rms_norm
 
 
 class SwiGLU(nn.Module):

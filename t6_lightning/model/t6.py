@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from kernels.loss import linear_cross_entropy
 from t6_lightning.model.attention import Keys, Layout
-from t6_lightning.model.block import Block, rms_norm
+from t6_lightning.model.block import Block
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.config import T6Config
+from t6_lightning.model.norm import rms_norm
 from t6_lightning.model.rope import Tables
 
 IGNORE = -100

@@ -66,7 +66,8 @@ def second_moment(
     """E[φ(a)²] over entries for a ~ N(0, std²), from 200,000 or more fixed random numbers (0.5 % or better)."""
     if name == "none":
         return std**2 / temperature**2
-    generator = torch.Generator().manual_seed(0)
+    # On the CPU whatever the default device: a model may be under construction on "meta".
+    generator = torch.Generator("cpu").manual_seed(0)
     draws = max(1, 200_000 // (rank * n_heads))
-    a_RH = std * torch.randn(draws, rank, n_heads, generator=generator, dtype=torch.float64)
+    a_RH = std * torch.randn(draws, rank, n_heads, generator=generator, dtype=torch.float64, device="cpu")
     return nonlinearity(a_RH, name, temperature, top_k).square().mean().item()

@@ -15,6 +15,7 @@ from kernels.attention import attention
 from kernels.rope import rotate
 from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
+from t6_lightning.model.norm import RMSNorm
 from t6_lightning.model.rope import Rope
 
 
@@ -85,10 +86,10 @@ class MultiHeadLatentAttention(AttentionLayer[MLAConfig]):
         super().__init__(config)
         h, d_h, d_r = config.n_heads, config.head_dim, config.rope_dim
         self.q_down = nn.Linear(d_model, config.q_rank, bias=False)
-        self.q_norm = nn.RMSNorm(config.q_rank, eps=1e-6)
+        self.q_norm = RMSNorm(config.q_rank, eps=1e-6)
         self.q_up = nn.Linear(config.q_rank, h * (d_h + d_r), bias=False)  # per head [still, turned]
         self.kv_down = nn.Linear(d_model, config.kv_rank + d_r, bias=False)  # [latent, turned key]
-        self.kv_norm = nn.RMSNorm(config.kv_rank, eps=1e-6)
+        self.kv_norm = RMSNorm(config.kv_rank, eps=1e-6)
         self.kv_up = nn.Linear(config.kv_rank, h * 2 * d_h, bias=False)  # per head [key, value]
         self.output = nn.Linear(h * d_h, d_model, bias=False)
 

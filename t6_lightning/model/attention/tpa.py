@@ -23,10 +23,11 @@ from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import NAMES, nonlinearity, second_moment
 from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance, init_factor_
+from t6_lightning.model.norm import RMSNorm
 from t6_lightning.model.rope import Rope, Tables
 
 MAX_ORDER = 8
-NORM_EPS = 1e-5  # the reference's, for the heads' outputs
+OUTPUT_NORM_EPS = 1e-5  # the reference's, for the heads' outputs
 
 
 class Factor(NamedTuple):
@@ -54,6 +55,7 @@ class TPAConfig(AttentionConfig):
         shared_c: Q, K and V (K and V where Q is plain) have the same c and further factors.
         noncontextual_a: which of q, k, v have learned vectors for a instead of maps of the token, e.g. "qkv".
         noncontextual_b: the same for b. A b of K that is a parameter is rotated when read.
+        noncontextual_c: the same for c and further factors.
         rope: how positions enter Q and K.
         rope_at: "factors" turns b, which is what theorems 3.1 and C.1 factorize; "product" turns the whole head
             dimension. At order 2 both are the same function; the first caches rotated factors.
@@ -88,6 +90,7 @@ class TPAConfig(AttentionConfig):
     shared_c: bool = False
     noncontextual_a: str = ""
     noncontextual_b: str = ""
+    noncontextual_c: str = ""
     rope: Rope = Rope()
     rope_at: Literal["factors", "product"] = "factors"
     nonlinearity: Literal["none", "sigmoid", "softmax_heads", "softmax_ranks", "relu2", "topk_heads"] = "none"
@@ -144,7 +147,7 @@ class TPAConfig(AttentionConfig):
         self.check_choice("init", tuple(SCHEMES))
         self.check_choice("output_gate", ("none", "head", "element"))
         parts = "qkv" if self.factorize_q else "kv"
-        for field in ("noncontextual_a", "noncontextual_b", "nonlinear_on"):
+        for field in ("noncontextual_a", "noncontextual_b", "noncontextual_c", "nonlinear_on"):
             value = getattr(self, field)
             acts = field != "nonlinear_on" or self.nonlinearity != "none"
             fits = isinstance(value, str) and len(set(value)) == len(value) and set(value) <= set(parts)
@@ -178,14 +181,21 @@ class TPAConfig(AttentionConfig):
         )
 
     def _check_sharing(self) -> None:
-        if self.order == 2:
-            both = set(self.noncontextual_a) & set(self.noncontextual_b)
-            require(
-                not both,
-                "attention.noncontextual_b",
-                self.noncontextual_b,
-                f"{''.join(sorted(both))} has a non-contextual a too, so it would not depend on the token",
-            )
+        fixed = self._noncontextual()
+        require(
+            self.order >= 3 or not fixed["c"],
+            "attention.noncontextual_c",
+            fixed["c"],
+            "it needs order 3 or more",
+        )
+        letters = "ab" if self.order == 2 else "abc"
+        constant = set.intersection(*(set(fixed[letter]) for letter in letters))
+        require(
+            not constant,
+            f"attention.noncontextual_{letters[-1]}",
+            fixed[letters[-1]],
+            f"no factor of {''.join(sorted(constant))} would depend on the token",
+        )
         if self.shared_b:
             same = ("k" in self.noncontextual_b) == ("v" in self.noncontextual_b)
             require(
@@ -195,12 +205,18 @@ class TPAConfig(AttentionConfig):
                 "K and V need equal ranks, and both a contextual b or both not",
             )
         if self.shared_c:
-            ranks = {self.ranks[part] for part in self.ranks}
+            ranks = sorted(set(self.ranks.values()))
             require(
                 self.order >= 3 and len(ranks) == 1,
                 "attention.shared_c",
                 True,
-                f"it needs order 3 or more and equal ranks, not order {self.order} and ranks {sorted(ranks)}",
+                f"it needs order 3 or more and equal ranks, not order {self.order} and ranks {ranks}",
+            )
+            require(
+                set(fixed["c"]) in (set(), set(self.ranks)),
+                "attention.noncontextual_c",
+                fixed["c"],
+                f"with shared_c name all of {''.join(self.ranks)} or none",
             )
 
     @property
@@ -224,11 +240,16 @@ class TPAConfig(AttentionConfig):
             return f"{letter}_{''.join(self.ranks)}"
         return f"{letter}_{part}"
 
+    def _noncontextual(self) -> dict[str, str]:
+        """Which of q, k, v have a parameter for each factor."""
+        further = dict.fromkeys(ascii_lowercase[2:MAX_ORDER], self.noncontextual_c)
+        return {"a": self.noncontextual_a, "b": self.noncontextual_b, **further}
+
     def factors(self) -> dict[str, Factor]:
         """Every factor once, by name."""
-        fixed = {"a": self.noncontextual_a, "b": self.noncontextual_b}
+        fixed = self._noncontextual()
         return {
-            self.factor_name(letter, part): Factor(rank, size, part not in fixed.get(letter, ""))
+            self.factor_name(letter, part): Factor(rank, size, part not in fixed[letter])
             for part, rank in self.ranks.items()
             for letter, size in self.sizes.items()
         }
@@ -239,6 +260,7 @@ class TPAConfig(AttentionConfig):
         parts += [] if self.factorize_q else ["kvonly"]
         parts += ["noncontextual-a"] if self.noncontextual_a else []
         parts += ["noncontextual-b"] if self.noncontextual_b else []
+        parts += ["noncontextual-c"] if self.noncontextual_c else []
         parts += [f"order{self.order}"] if self.order > 2 else []
         return "-".join(parts)
 
@@ -339,7 +361,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             self.q = nn.Linear(d_model, width, bias=False)
         self.output = nn.Linear(width, d_model, bias=False)
         if config.output_norm:
-            self.output_norm = nn.RMSNorm(config.head_dim, eps=NORM_EPS)
+            self.output_norm = RMSNorm(config.head_dim, eps=OUTPUT_NORM_EPS)
         if config.output_gate != "none":
             self.gate = nn.Linear(d_model, config._gate_width(), bias=False)
         if config.kv_shift:

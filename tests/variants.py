@@ -1,0 +1,55 @@
+"""Every attention variant there is: the families found in the package, and the presets, shrunk by one rule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from t6_lightning.model.attention import attention_configs
+from t6_lightning.model.config import T6Config
+from t6_lightning.model.t6 import T6
+from t6_lightning.presets import load_net, preset_names
+
+
+def shrunk(config: T6Config) -> T6Config:
+    """The rule: everything around the attention is made small, the attention itself stays as it is.
+
+    So heads (odd ones included), ranks, order, latent and head dimensions are those of the preset.
+    """
+    return dataclasses.replace(
+        config, vocab_size=61, d_model=24, n_layers=2, context=32, ffn_hidden=40, dropout=0.0
+    )
+
+
+def variants() -> dict[str, T6Config]:
+    """Families at their defaults and shrunk presets by name; equal ones once, under the first name."""
+    named = {name: T6Config(attention=family()) for name, family in attention_configs().items()}
+    for name in preset_names():
+        named[name] = load_net(name)
+    distinct: dict[T6Config, str] = {}
+    for name, config in named.items():
+        distinct.setdefault(shrunk(config), name)
+    return {name: config for config, name in distinct.items()}
+
+
+def one_per_family() -> dict[str, T6Config]:
+    """The smallest of each family: its defaults."""
+    return {name: shrunk(T6Config(attention=family())) for name, family in attention_configs().items()}
+
+
+def random_model(config: T6Config, dtype: torch.dtype = torch.float64) -> T6:
+    """A model whose zero-initialized parameters are random too, so that every path shows in the logits."""
+    torch.manual_seed(0)
+    model = T6(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+def random_tokens(config: T6Config, batch: int, length: int) -> torch.Tensor:
+    """Token ids (batch, length)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
