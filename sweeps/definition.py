@@ -98,6 +98,10 @@ class Sweep:
         return self.folder.with_name(f"{self.name}.md")
 
     @property
+    def curves_file(self) -> Path:
+        return self.folder.with_name(f"{self.name}.png")
+
+    @property
     def default_storage(self) -> str:
         """SQLAlchemy URL of the study when --storage is not given."""
         return f"sqlite:///{self.folder.with_name(f'{self.name}.db')}"

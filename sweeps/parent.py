@@ -42,12 +42,13 @@ class ParentRun:
         tags = {"sweep": sweep.name, "mlflow.note.content": description}
         return self._client.create_run(experiment, run_name=sweep.name, tags=tags).info.run_id
 
-    def close(self, report: Path, status: str) -> None:
-        """Log the report and end the run; a tracking store that is gone by now only costs a warning."""
+    def close(self, files: list[Path], status: str) -> None:
+        """Log the report's files and end the run; a tracking store that is gone by now only costs a warning."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.log_artifact(self.run_id, str(report))
+            for file in files:
+                self._client.log_artifact(self.run_id, str(file))
             self._client.set_terminated(self.run_id, status)
         except MlflowException as error:
             print(f"the report is not in MLflow: {str(error).splitlines()[0]}", file=sys.stderr)

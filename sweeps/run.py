@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from datamodules.home import write_atomically
 from sweeps import study as study_module
+from sweeps.curves import draw
 from sweeps.definition import Cell, Sweep
 from sweeps.parent import ParentRun
 from sweeps.plan import costs
@@ -43,14 +44,16 @@ def run(sweep: Sweep, storage: str | None, as_json: bool) -> int:
         rows = study_module.rows(study)
         text = markdown(sweep, rows, cell_costs, study_module.failures(study))
         write_atomically(sweep.report_file, text)
+        drawn = draw(sweep, rows, sweep.curves_file)
         unfinished = len(sweep.trials) - len(rows)
         stopped = bool(signals.received) and unfinished > 0
-        parent.close(sweep.report_file, "KILLED" if stopped else "FAILED" if unfinished else "FINISHED")
+        files = [sweep.report_file, *([sweep.curves_file] if drawn else [])]
+        parent.close(files, "KILLED" if stopped else "FAILED" if unfinished else "FINISHED")
     if stopped:
         _say(f"stopped with {unfinished} of {len(sweep.trials)} trials left; the same command goes on")
         return INTERRUPTED
     print(json.dumps(rows, indent=2) if as_json else text)
-    _say(f"report: {sweep.report_file}")
+    _say("report: " + ", ".join(map(str, files)))
     if unfinished:
         _say(f"{unfinished} of {len(sweep.trials)} trials are left; the same command tries them again")
     return 1 if unfinished else 0

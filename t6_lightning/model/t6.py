@@ -121,7 +121,10 @@ class T6(nn.Module):
         if cache.longest == 0:
             return Layout(queries, new)
         keys_M = torch.arange(cache.longest + positions_BT.shape[1], device=positions_BT.device)
-        seen = Keys(self._tables(keys_M)[1], keys_M == 0)
+        reads_tables = self.config.attention.rotates_when_read
+        nothing = torch.empty(len(keys_M), 0, device=keys_M.device)
+        tables = self._tables(keys_M)[1] if reads_tables else Tables(nothing, nothing)
+        seen = Keys(tables, keys_M == 0)
         mask = None
         if cache.ragged or positions_BT.shape[1] > 1:
             mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)

@@ -70,6 +70,14 @@ class AttentionConfig(abc.ABC):
         """W, how many dimensions RoPE turns."""
         return self.rope.width(self.head_dim)
 
+    @property
+    def rotates_when_read(self) -> bool:
+        """Whether cached keys are rotated each time they are read, so that `Layout.seen` needs their tables.
+
+        True is right for every family; False spares decoding the tables where rotated keys are cached.
+        """
+        return True
+
     def softmax_scale(self) -> float:
         """What query-key products are multiplied by."""
         return self.head_dim**-0.5
@@ -114,7 +122,8 @@ class Layout:
     Attributes:
         queries: RoPE tables of the new tokens' queries, (T, W/2) or (B, T, W/2).
         keys: the new tokens as keys.
-        seen: everything in the cache, the new tokens included; None unless it is read (`causal` is False).
+        seen: everything in the cache, the new tokens included; None unless it is read (`causal` is False). Its
+            tables are empty (W = 0) for a family that does not rotate what it reads.
         mask: bool (B, 1, T, M), True where a token may attend; None means `causal` alone decides.
         causal: the new tokens are all there is, and each sees itself and those before it, or as `mask` says.
     """

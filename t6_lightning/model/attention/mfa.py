@@ -33,6 +33,10 @@ class MFAConfig(AttentionConfig):
         self.check_integers(n_heads=1, head_dim=1)
         self.rope_width()
 
+    @property
+    def rotates_when_read(self) -> bool:
+        return False
+
     def n_parameters(self, d_model: int) -> int:
         d_c = self.head_dim
         return 3 * d_model * d_c + self.n_heads * d_c**2 + d_model * self.n_heads * d_c

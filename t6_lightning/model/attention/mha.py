@@ -53,6 +53,10 @@ class MHAConfig(AttentionConfig):
     def mechanism(self) -> str:
         return "mha" if self.groups == self.n_heads else "mqa" if self.groups == 1 else "gqa"
 
+    @property
+    def rotates_when_read(self) -> bool:
+        return False
+
     def n_parameters(self, d_model: int) -> int:
         return 2 * d_model * (self.n_heads + self.groups) * self.head_dim
 

@@ -44,6 +44,10 @@ class MLAConfig(AttentionConfig):
         require(self.rope_dim % 2 == 0, "attention.rope_dim", self.rope_dim, "RoPE turns pairs: make it even")
         require(self.rope.dims is None, "rope.dims", self.rope.dims, "in MLA rope_dim says how many turn")
 
+    @property
+    def rotates_when_read(self) -> bool:
+        return False
+
     def n_parameters(self, d_model: int) -> int:
         h, d_h, d_r = self.n_heads, self.head_dim, self.rope_dim
         query = self.q_rank * (d_model + h * d_h + h * d_r)

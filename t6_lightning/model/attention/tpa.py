@@ -269,6 +269,10 @@ class TPAConfig(AttentionConfig):
         """The cached b of K is rotated already: it is K's alone, depends on the token, and is what turns."""
         return self.rope_at == "factors" and not self.shared_b and "k" not in self.noncontextual_b
 
+    @property
+    def rotates_when_read(self) -> bool:
+        return not self.caches_rotated_b
+
     def n_parameters(self, d_model: int) -> int:
         factors = sum((d_model if f.contextual else 1) * f.rank * f.size for f in self.factors().values())
         width = self.n_heads * self.head_dim
