@@ -8,7 +8,7 @@ more tokens and seeds than this.
 from dataclasses import replace
 
 from sweeps.definition import Cell, Sweep
-from t6_lightning.budget import match_parameters
+from t6_lightning.budget import match
 from t6_lightning.model.attention import AttentionConfig
 from t6_lightning.model.attention.mfa import MFAConfig
 from t6_lightning.model.attention.mha import MHAConfig
@@ -24,18 +24,24 @@ baselines: dict[str, AttentionConfig] = {
     "mfa": MFAConfig(4, 32),
 }
 variants = {
-    name.removeprefix("ablations/"): load_net(name).attention
+    name.removeprefix("ablations/"): load_net(name)
     for name in preset_names()
     if name.startswith("ablations/")
 }
 
 
-def cell(name: str, attention: AttentionConfig) -> Cell:
-    """The variant, TPA's with the heads that give it the parameters of plain TPA."""
-    model = replace(tiny, attention=attention)
-    if name not in baselines:
-        model = match_parameters(model, to=tiny)
-    return Cell(name, {"model.net.attention": model.to_dict()["attention"]})
+def cell(name: str, attention: AttentionConfig, output_init: str = "zero", allow: str = "ffn") -> Cell:
+    """The variant with plain TPA's parameters: by its heads if they may change, and by the FFN's width."""
+    model = replace(tiny, attention=attention, output_init=output_init)
+    model = match(model, to=tiny, allow=allow.split()).config
+    return Cell(
+        name,
+        {
+            "model.net.attention": model.to_dict()["attention"],
+            "model.net.output_init": output_init,
+            "model.net.ffn_hidden": model.ffn_width,
+        },
+    )
 
 
 sweep = Sweep(
@@ -44,8 +50,11 @@ sweep = Sweep(
     stopping_rule="All cells run to the last step with one seed; nothing is called better.",
     max_steps=200,
     seeds=[0],
-    cells=[cell("tpa", tiny.attention)]
-    + [cell(name, attention) for name, attention in (baselines | variants).items()],
+    cells=[
+        cell("tpa", tiny.attention),
+        *(cell(name, attention) for name, attention in baselines.items()),
+        *(cell(name, net.attention, net.output_init, "heads ffn") for name, net in variants.items()),
+    ],
     config="quickstart",
     overrides={
         "model.net.vocab_size": tiny.vocab_size,

@@ -7,7 +7,7 @@ parameters, which go into more heads here, so that no cell wins by being the lar
 from dataclasses import replace
 
 from sweeps.definition import Cell, Sweep
-from t6_lightning.budget import match_parameters
+from t6_lightning.budget import match
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.presets import load_net
 
@@ -26,7 +26,7 @@ def cell(rank: int) -> Cell:
         {
             "model.net.attention.rank_k": rank,
             "model.net.attention.rank_v": rank,
-            "model.net.attention.n_heads": match_parameters(ranked, to=base).attention.n_heads,
+            "model.net.attention.n_heads": match(ranked, to=base).config.attention.n_heads,
         },
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 
 # Lightning calls methods that jsonargparse has renamed; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -28,7 +29,7 @@ from t6_lightning.callbacks.progress import TrainingProgress
 from t6_lightning.callbacks.seeds import StepSeeds
 from t6_lightning.errors import BadInput
 from t6_lightning.module import T6Module
-from t6_lightning.presets import config_file
+from t6_lightning.presets import config_file, settings
 from t6_lightning.runs import resolve_checkpoint, run_of
 from t6_lightning.tracking import MLflowTracking
 
@@ -43,7 +44,11 @@ TRAINER_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence."""
+    """Reads files with what they extend worked in, and says what is wrong in one sentence."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """jsonargparse's reading of a configuration file: here as text, so that nothing is written to disk."""
+        return self.parse_string(yaml.safe_dump(settings(Path(path)), sort_keys=False), path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadInput(one_sentence(message, self)) from ex

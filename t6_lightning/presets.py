@@ -1,8 +1,9 @@
-"""Presets: YAML files that come with the package, called by name."""
+"""Presets: YAML files that come with the package, called by name, each of which may extend another."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,89 @@ def preset_names() -> list[str]:
     return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
 
 
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else "`python -m t6_lightning params` lists the presets"
+    )
+    return f"{name!r} is neither a file nor a preset: {hint}"
+
+
 def config_file(name: str) -> Path:
     """The YAML file of a preset's name or a path.
 
     Raises:
-        BadInput: neither a file nor a preset, or a file that holds no settings.
+        BadInput: neither a file nor a preset, or a file whose settings cannot be read.
     """
     if Path(name).is_file():
-        read_yaml(Path(name))
+        settings(Path(name))
         return Path(name)
     preset = FOLDER / f"{name}.yaml"
     if preset.is_file():
         return preset
-    near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(preset_names())}"
-    raise BadInput(f"{name!r} is neither a file nor a preset: {hint}")
+    raise BadInput(_unknown(name))
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings that a file holds.
+def settings(file: Path) -> dict[str, Any]:
+    """The settings of a preset or configuration file, those of the file that it `extends` included.
+
+    `extends: NAME_OR_FILE` names a preset, or a file seen from the folder of the one that says so. Its settings hold
+    wherever this file says nothing: mappings are merged, everything else is replaced, and so is a mapping with
+    another class_path, whose init_args are another class's.
 
     Raises:
-        BadInput: no text, no YAML, or no mapping of names to values.
+        BadInput: a file that is no text, no YAML or no mapping, a base that does not exist, or files that extend
+            each other in a circle.
     """
+    return _settings(file, ())
+
+
+def _settings(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in above:
+        circle = " extends ".join(path.name for path in (*above[above.index(file.resolve()) :], file))
+        raise BadInput(f"extends={above[-1].name!r} is not possible: {circle} again, which is a circle")
+    own = _read_yaml(file)
+    if "extends" not in own:
+        return own
+    name = own.pop("extends")
+    if not isinstance(name, str):
+        raise BadInput(f"extends={name!r} is not possible in {file}: it takes the name of one preset or file")
+    candidates = (FOLDER / f"{name}.yaml", file.parent / name)
+    base = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if base is None:
+        raise BadInput(f"extends={name!r} is not possible in {file}: {_unknown(name)}")
+    return _merged(_settings(base, (*above, file.resolve())), own)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `own` says instead."""
+
+    def class_name(mapping: dict[str, Any]) -> str:
+        return str(mapping.get("class_path", "")).rpartition(".")[2]
+
+    if "class_path" in own and class_name(own) != class_name(base):
+        return own
+    merged = dict(base)
+    for name, value in own.items():
+        before = base.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            value = _merged(before, value)
+        merged[name] = value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML wants 1.0e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -52,15 +111,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def load_net(name: str) -> T6Config:
-    """The model of a preset or configuration file, without reading the rest of it.
+    """The model of a preset or configuration file, without building the rest of it.
 
     Raises:
         BadInput: no such file, no YAML, no `model.net`, or an impossible model.
     """
     file = config_file(name)
-    content = read_yaml(file)
     try:
-        net = content["model"]["net"]
+        net = settings(file)["model"]["net"]
     except (KeyError, TypeError):
         raise BadInput(f"{file} describes no model: it lacks model.net") from None
     return T6Config.from_dict(net)

@@ -267,7 +267,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["--model.net.attention.rank_k", "0"],
-            "attention.rank_k=0 is not possible: a rank is an integer >= 1",
+            "attention.rank_k=0 is not possible: it must be an integer >= 1",
         ),
         (["--model.net.attention.head_dim", "7"], "attention.head_dim=7 is not possible: RoPE turns pairs"),
         (["--model.net.attention.rankk", "2"], "'rankk' is not accepted"),

@@ -133,8 +133,15 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         default = fields[name].default
         if isinstance(value, dict) and dataclasses.is_dataclass(default):
             value = _build(type(default), value, f"{prefix}{name}.")
+        for kind in (bool, int, float, str):
+            if type(default) is kind:
+                fits = isinstance(value, (int, float) if kind is float else kind)
+                require(fits, f"{prefix}{name}", value, f"it must be of type {kind.__name__}")
         built[name] = value
-    return cls(**built)
+    try:
+        return cls(**built)
+    except TypeError as error:  # fields that may be null have no type to check above
+        raise BadInput(f"{cls.__name__} holds a value of an impossible type: {error}") from error
 
 
 def mha_of_same_width(config: T6Config) -> T6Config:
