@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
     "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
+    "import": ("t6_lightning.commands.import_", "read a checkpoint of the paper's public code"),
 }
 
 # What is wrong with the disk rather than with the program.

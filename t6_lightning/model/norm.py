@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 # Said outright: the default follows the input's dtype, and in bf16 that is 7.8e-3 instead of 1.2e-7.
 NORM_EPS = torch.finfo(torch.float32).eps
+OUTPUT_NORM_EPS = 1e-5  # the reference's, for the heads' outputs
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:

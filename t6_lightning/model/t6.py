@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kernels.loss import linear_cross_entropy
 from t6_lightning.model.attention import Keys, Layout
-from t6_lightning.model.block import Block
+from t6_lightning.model.block import Block, dropout
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.norm import rms_norm
@@ -32,7 +32,7 @@ class T6(nn.Module):
         bound = config.d_model**-0.5
         nn.init.uniform_(self.embedding.weight, -bound, bound)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def forward(
         self,

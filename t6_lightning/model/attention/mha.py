@@ -13,6 +13,7 @@ from torch import nn
 from kernels.rope import rotate
 from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
+from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
 from t6_lightning.model.rope import Rope
 
 
@@ -25,12 +26,14 @@ class MHAConfig(AttentionConfig):
         head_dim: dimension of each head.
         n_kv_heads: key/value heads, a divisor of n_heads: None is n_heads (MHA), 1 is MQA, between is GQA.
         rope: how positions enter Q and K.
+        output_norm: RMSNorm of each head's output, with one learned weight of head_dim and eps 1e-5.
     """
 
     n_heads: int = 4
     head_dim: int = 64
     n_kv_heads: int | None = None
     rope: Rope = Rope()
+    output_norm: bool = False
 
     def __post_init__(self) -> None:
         self.check_integers(n_heads=1, head_dim=1)
@@ -58,13 +61,16 @@ class MHAConfig(AttentionConfig):
         return False
 
     def n_parameters(self, d_model: int) -> int:
+        return self._products(d_model) + self.output_norm * self.head_dim
+
+    def _products(self, d_model: int) -> int:
         return 2 * d_model * (self.n_heads + self.groups) * self.head_dim
 
     def cache_entries(self) -> dict[str, tuple[int, ...]]:
         return {"k": (self.groups, self.head_dim), "v": (self.groups, self.head_dim)}
 
     def flops(self, d_model: int, keys: float) -> float:
-        return 2 * self.n_parameters(d_model) + 2 * 2 * self.n_heads * self.head_dim * keys
+        return 2 * self._products(d_model) + 2 * 2 * self.n_heads * self.head_dim * keys
 
     def build(self, d_model: int) -> MultiHeadAttention:
         return MultiHeadAttention(self, d_model)
@@ -80,6 +86,8 @@ class MultiHeadAttention(AttentionLayer[MHAConfig]):
         self.k = nn.Linear(d_model, kv_width, bias=False)
         self.v = nn.Linear(d_model, kv_width, bias=False)
         self.output = nn.Linear(width, d_model, bias=False)
+        if config.output_norm:
+            self.output_norm = RMSNorm(config.head_dim, eps=OUTPUT_NORM_EPS)
 
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         by_head, pairing = (-1, self.config.head_dim), self.config.rope.pairing
@@ -89,3 +97,6 @@ class MultiHeadAttention(AttentionLayer[MHAConfig]):
 
     def expand(self, entries: dict[str, torch.Tensor], keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
         return entries["k"], entries["v"]
+
+    def finish(self, o_BTHE: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
+        return self.output_norm(o_BTHE) if self.config.output_norm else o_BTHE

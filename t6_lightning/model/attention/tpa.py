@@ -23,11 +23,10 @@ from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import NAMES, nonlinearity, second_moment
 from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance, init_factor_
-from t6_lightning.model.norm import RMSNorm
+from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
 from t6_lightning.model.rope import Rope, Tables
 
 MAX_ORDER = 8
-OUTPUT_NORM_EPS = 1e-5  # the reference's, for the heads' outputs
 
 
 class Factor(NamedTuple):
@@ -299,11 +298,14 @@ class TPAConfig(AttentionConfig):
         return self._projection_flops(d_model) + contraction + 2 * 2 * width * keys
 
     def decode_flops(self, d_model: int, keys: float) -> float:
-        # Only Q is contracted; K and V stay factors: h · R_K dots with b, weighted by a, and the same for V.
+        # Only Q is contracted; K and V stay factors: products with b for each head and rank, those of K weighted by
+        # a. Over a single rank that is no sum, so no product that PyTorch counts.
         width = self.n_heads * self.head_dim
         query = 2 * self.ranks.get("q", 0) * width
         terms = 2 if self.kv_shift else 1  # the predecessor's factors count as further ranks
-        per_key = 2 * terms * self.n_heads * (self.rank_k * (self.head_dim + 1) + self.rank_v * self.head_dim)
+        rank_k, rank_v = terms * self.rank_k, terms * self.rank_v
+        weighting = self.n_heads * rank_k if rank_k > 1 else 0
+        per_key = 2 * (width * (rank_k + rank_v) + weighting)
         return self._projection_flops(d_model) + query + per_key * keys
 
     def rope_width(self) -> int:
