@@ -10,6 +10,9 @@ import pytest
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Two pytest workers on two cores: threads of their own would only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when triton is imported, which torch does by the way: kernels run in its interpreter where there is no GPU.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
+from itertools import pairwise, product
 
 import pytest
+import torch
 
+from kernels.bench import decode_table
 from kernels.bench.__main__ import main
 
 TINY = {
@@ -74,6 +78,8 @@ def test_as_a_command_with_json_in_a_file(tmp_path):
         (["contract", "--head-dim", "7"], "--head-dim must be even for RoPE, got 7"),
         (["loss", "--seconds", "soon"], "--seconds: must be a number of seconds, got 'soon'"),
         (["loss", "--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["decode", "--table"], "--table times the Triton kernel: it needs a CUDA device"),
+        (["decode", "--table", "--head-dim", "8"], "--table has its own sizes: leave out --head-dim"),
         (["train"], "invalid choice: 'train'"),
     ],
 )
@@ -96,3 +102,42 @@ def test_help_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--rank N" in done.stdout
+
+
+def test_the_decode_table_covers_its_groups_and_renders():
+    listed = decode_table.cases()
+    assert len(set(listed)) == len(listed)
+    assert {(c.heads, c.head_dim, c.rank) for c in listed} >= set(
+        product((16, 32, 48, 64), (64, 128), (1, 2, 4))
+    )
+    assert all(c.n_bytes >= 2.56e8 for c in listed if c.group == "256 MB and more")
+    assert all(1.6e7 <= c.n_bytes < 2.56e8 for c in listed if c.group == "16 to 256 MB")
+    row = {
+        **asdict(listed[0]),
+        "cache_bytes": listed[0].n_bytes,
+        "median_s": 1e-4,
+        "share_of_copy_bandwidth": 0.9,
+        "plain_s": 1e-3,
+        "gqa8_s": None,
+        "mqa_s": 5e-5,
+        "times_one_dense_query": None,
+    }
+    result = {
+        "device": "D",
+        "torch": "2",
+        "triton": "3",
+        "dtype": "bfloat16",
+        "git_commit": None,
+        "date": "today",
+    }
+    text = decode_table.table({**result, "copy_bytes_per_second": 3e12, "recompilations": 0, "rows": [row]})
+    assert "| 16, 64, 1 | 16 | 65,536 | 1 | padded | 336 | 100.0 | 90.0% | 10.00× |  | 0.50× |  |" in text
+    assert "copy 3000 GB/s; 0 recompilations" in text
+
+
+def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
+    for case in decode_table.cases():
+        lengths, capacity = decode_table._lengths(case, 4, torch.device("cpu"))
+        assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
+        assert capacity >= lengths[-1].max()
+        assert lengths[0].min() >= case.queries

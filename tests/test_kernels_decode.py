@@ -4,6 +4,8 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E v
 U rank of V.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,5 +143,43 @@ def test_inputs_that_do_not_fit_are_refused():
         decode(**{**inputs, "a_k_BMSH": inputs["a_k_BMSH"][:, :, :1]}, scale=1.0)
     with pytest.raises(ValueError, match="mask must be bool"):
         decode(**inputs, scale=1.0, mask=torch.ones(2, 1, 1, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match="unknown backend 'triton'"):
+    with pytest.raises(ValueError, match="lengths must be integers"):
+        decode(**inputs, scale=1.0, lengths=torch.ones(3, dtype=torch.long))
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="lengths and mask both say"):
+        decode(**inputs, scale=1.0, mask=mask, lengths=torch.ones(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="pages must be integers"):
+        decode(**inputs, scale=1.0, pages=torch.ones(3, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
+        decode(**inputs, scale=1.0, backend="cutlass")
+
+
+def test_triton_on_a_cpu_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = cache(2, 1, 9, 3, 2, 2)
+    with pytest.raises(ValueError, match="'triton' cannot run here: (it needs an|the package)"):  # noqa: RUF043
         decode(**inputs, scale=1.0, backend="triton")
+    assert decode(**inputs, scale=1.0).shape == (2, 1, 3, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [1, 4])
+def test_lengths_are_a_mask_with_a_causal_tail(T, backend):
+    inputs, lengths = cache(3, T, 33, 5, 2, 1), torch.tensor([0, 2, 33])
+    expected = torch.zeros(3, 1, T, 33, dtype=torch.bool)
+    for b, t, m in itertools.product(range(3), range(T), range(33)):
+        expected[b, 0, t, m] = m < lengths[b] - (T - 1 - t)
+    got = decode(**inputs, scale=0.3, lengths=lengths, backend=backend)
+    assert_close(got, over_full_keys_and_values(**inputs, scale=0.3, mask=expected), torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_hold_the_rows_in_pieces(backend):
+    inputs = cache(2, 1, 12, 5, 2, 1)
+    pages = torch.tensor([[4, 0, 2], [1, 3, 5]])
+    paged = {"q_BTHD": inputs["q_BTHD"]}
+    for name, x in list(inputs.items())[1:]:
+        paged[name] = torch.empty(6, 4, *x.shape[2:], dtype=x.dtype)
+        paged[name][pages] = x.unflatten(1, (3, 4))
+    got = decode(**paged, scale=0.3, pages=pages, backend=backend)
+    assert_close(got, over_full_keys_and_values(**inputs, scale=0.3), torch.float64)

@@ -62,6 +62,12 @@ def build_parser() -> Parser:
         sub = operations.add_parser(name, help=what, description=f"Times {what}.", epilog=EPILOG)
         for option, text in sizes.items():
             sub.add_argument(f"--{option}", type=positive, metavar="N", help=text)
+        if name == "decode":
+            sub.add_argument(
+                "--table",
+                action="store_true",
+                help="the Triton kernel over heads, ranks, lengths and layouts beside SDPA (needs a GPU)",
+            )
         sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         sub.add_argument(
             "--dtype",
@@ -81,28 +87,53 @@ def build_parser() -> Parser:
     return parser
 
 
+def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict, str]:
+    """The backends of one operation at one size. Raises ValueError, in one sentence, for what cannot run."""
+    from kernels.bench import cases, report
+
+    plan = cases.plan(operation, given, device=arguments.device, dtype=arguments.dtype)
+    result = report.run(plan, seconds=arguments.seconds)
+    return result, report.table(result)
+
+
+def decode_table(device: str | None, sizes: list[str]) -> tuple[dict, str]:
+    """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
+    import torch
+
+    from kernels.decode import TRITON_IS_INSTALLED
+
+    if sizes:
+        raise ValueError(f"--table has its own sizes: leave out --{sizes[0].replace('_', '-')}")
+    if device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
+        raise ValueError("--table times the Triton kernel: it needs a CUDA device and the package triton")
+    from kernels.bench import decode_table
+
+    result = decode_table.run(torch.device("cuda"))
+    return result, decode_table.table(result)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.json not in (None, "-") and not Path(arguments.json).resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no such folder")
 
-    from kernels.bench import cases, report
-
     given = {
         option.replace("-", "_"): getattr(arguments, option.replace("-", "_"))
         for option in OPERATIONS[arguments.operation][1]
     }
     try:
-        plan = cases.plan(arguments.operation, given, device=arguments.device, dtype=arguments.dtype)
+        if getattr(arguments, "table", False):
+            result, table = decode_table(arguments.device, [name for name, size in given.items() if size])
+        else:
+            result, table = one_plan(arguments.operation, given, arguments)
     except ValueError as error:
         parser.error(str(error))
-    result = report.run(plan, seconds=arguments.seconds)
 
     if arguments.json == "-":
         print(json.dumps(result, indent=2))
         return 0
-    print(report.table(result))
+    print(table)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention
 from kernels.contract import contract
-from kernels.decode import decode
+from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode
 from kernels.loss import linear_cross_entropy
 from kernels.rope import rotate
 
@@ -91,9 +91,11 @@ def decode_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
         return Row(backend, "forward", run, q_and_o + _bytes(a_k, b_k, a_v, b_v))
 
     mha = _without_gradients(lambda: attention(q_BTHD, k_BMHD, v_BMHD, scale=scale, causal=False))
+    with_triton = q_BTHD.is_cuda and TRITON_IS_INSTALLED and T <= MOST_QUERIES
     return [
         tpa("sdpa"),
         tpa("plain"),
+        *([tpa("triton")] if with_triton else []),
         Row("MHA over a full cache", "forward", mha, q_and_o + _bytes(k_BMHD, v_BMHD)),
     ]
 

@@ -1,15 +1,23 @@
 """TPA attention over a cache of factors (section 5).
 
 Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E value dimension,
-S rank of K, U rank of V.
+S rank of K, U rank of V; with pages: P pages of the whole cache, N tokens of a page.
 """
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
 from kernels.decode import plain, sdpa
 from kernels.dispatch import choose
+
+TRITON_IS_INSTALLED = find_spec("triton") is not None
+# The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
+MOST_QUERIES = 16
+WIDEST_HEAD = 256
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decode(
@@ -21,6 +29,8 @@ def decode(
     *,
     scale: float,
     mask: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale · q Kᵀ) V with K = (1/S) Σ_s a_s ⊗ b_s and V = (1/U) Σ_u a_u ⊗ b_u (algorithms 1-3).
@@ -30,21 +40,31 @@ def decode(
     b_k_BMSD  (B, M, S, D) cached feature factors of K, already rotated
     a_v_BMUH  (B, M, U, H) cached head factors of V
     b_v_BMUE  (B, M, U, E) cached feature factors of V
-    mask      bool (B, 1, T, M), True = may attend (None: all of the cache is visible to every query);
-              a row without any True gives zeros
-    backend   "auto", "sdpa" or "plain"
+    mask      bool (B, 1, T, M), True = may attend; a row without any True gives zeros
+    lengths   integers (B,), cached tokens of each row with the T of the queries, which are its last ones: query t
+              sees the tokens before lengths - (T - 1 - t). What a factor holds past that must be finite. Not
+              together with `mask`; with neither, all of the cache is visible to every query
+    pages     integers (B, n): the factors are (P, N, ...) and row b holds pages[b, 0], pages[b, 1], ..., so that
+              M = n N. An index beyond what `lengths` uses must still be a page
+    backend   "auto", "triton", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
-    Raises ValueError for shapes that do not fit together and for a backend that is unknown.
+    A factor may be any view whose last dimension is contiguous: a non-contextual one is expanded over tokens.
+    "triton" reads the cache once, needs no memory of its size, and is compiled once for all batches and
+    lengths; `lengths` stay on the device, so that a CUDA graph holds while they grow. Fastest where each rank's
+    head factors start at multiples of 16 bytes (`kernels.decode.layout`).
+
+    Raises ValueError for shapes that do not fit together and for a backend that is unknown or cannot run.
     """
     B, T, H, D = q_BTHD.shape
-    M, S = b_k_BMSD.shape[1:3]
+    rows, S = b_k_BMSD.shape[:2], b_k_BMSD.shape[2]
     U = b_v_BMUE.shape[2]
     fits = (
-        a_k_BMSH.shape == (B, M, S, H)
-        and b_k_BMSD.shape == (B, M, S, D)
-        and a_v_BMUH.shape == (B, M, U, H)
-        and b_v_BMUE.shape[:3] == (B, M, U)
+        (pages is not None or rows[0] == B)
+        and a_k_BMSH.shape == (*rows, S, H)
+        and b_k_BMSD.shape == (*rows, S, D)
+        and a_v_BMUH.shape == (*rows, U, H)
+        and b_v_BMUE.shape[:3] == (*rows, U)
     )
     if not fits:
         shapes = [tuple(x.shape) for x in (q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE)]
@@ -52,10 +72,105 @@ def decode(
             f"decode: q, a_k, b_k, a_v, b_v are {shapes}, must be"
             " (B, T, H, D), (B, M, S, H), (B, M, S, D), (B, M, U, H), (B, M, U, E)"
         )
+    if pages is not None and (pages.dim() != 2 or pages.shape[0] != B or not _integers(pages)):
+        raise ValueError(f"decode: pages must be integers {(B, 'n')}, are {pages.dtype} {tuple(pages.shape)}")
+    M = rows[1] if pages is None else rows[1] * pages.shape[1]
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
         raise ValueError(f"decode: mask must be bool {(B, 1, T, M)}, is {mask.dtype} {tuple(mask.shape)}")
-    run = choose("decode", backend, _fastest_first(T, q_BTHD.device.type))
-    return run(q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, scale, mask)
+    if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
+        raise ValueError(
+            f"decode: lengths must be integers {(B,)}, are {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if lengths is not None and mask is not None:
+        raise ValueError("decode: lengths and mask both say what is visible: give one of them")
+
+    factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE)
+    why_not = _why_not_triton(q_BTHD, factors, mask, pages)
+    run = choose(
+        "decode", backend, _fastest_first(T, q_BTHD.device.type), {"triton": why_not} if why_not else None
+    )
+    if run is _triton:
+        return _triton(q_BTHD, *factors, scale, lengths, pages)
+    if pages is not None:
+        factors = tuple(x[pages].flatten(1, 2) for x in factors)
+    if lengths is not None:
+        mask = visible(lengths, T, M)
+    return run(q_BTHD, *factors, scale, mask)
+
+
+def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
+    """What `lengths` mean as a mask: bool (B, 1, T, M)."""
+    past_B11T = lengths_B[:, None, None] - torch.arange(T - 1, -1, -1, device=lengths_B.device)
+    return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
+
+
+def _integers(x: torch.Tensor) -> bool:
+    return x.dtype in (torch.int32, torch.int64)
+
+
+def _triton(*arguments) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.t6_lightning.tpa_decode(*arguments)
+    # Imported here: the package is absent on most machines without a GPU.
+    from kernels.decode import triton
+
+    return triton.decode(*arguments)
+
+
+# One operator for torch.compile, which cannot follow how the kernels are launched.
+_library = torch.library.Library("t6_lightning", "FRAGMENT")
+_library.define(
+    "tpa_decode(Tensor q, Tensor a_k, Tensor b_k, Tensor a_v, Tensor b_v, float scale, Tensor? lengths,"
+    " Tensor? pages) -> Tensor"
+)
+_library.impl("tpa_decode", _triton, "CUDA")
+torch.library.register_fake(
+    "t6_lightning::tpa_decode",
+    lambda q, a_k, b_k, a_v, b_v, *_: q.new_empty(*q.shape[:3], b_v.shape[-1]),
+    lib=_library,
+)
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper() -> bool:
+    """Compute capability 9 or later with as much shared memory: what the kernel is cut for."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return found.major >= 9 and found.shared_memory_per_block_optin >= 227 * 1024
+
+
+def _why_not_triton(
+    q_BTHD: torch.Tensor,
+    factors: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    pages: torch.Tensor | None,
+) -> str | None:
+    """One sentence, or None where the Triton kernel runs."""
+    _, T, _, D = q_BTHD.shape
+    E = factors[-1].shape[-1]
+    if not TRITON_IS_INSTALLED:
+        return "the package triton is not installed"
+    # In Triton's interpreter it runs on a CPU, for tests.
+    if q_BTHD.device.type != "cuda" and (
+        torch.compiler.is_compiling() or os.environ.get("TRITON_INTERPRET") != "1"
+    ):
+        return "it needs an NVIDIA GPU"
+    if q_BTHD.device.type == "cuda" and not _is_hopper():
+        return "it is made for the shared memory and launches of an H100 or later"
+    if mask is not None:
+        return "it takes lengths, not a mask"
+    if any(x.dtype != q_BTHD.dtype for x in factors) or q_BTHD.dtype not in TRITON_DTYPES:
+        return "queries and factors must all be float16, all bfloat16 or all float32"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, *factors)):
+        return "it has no backward pass"
+    if T > MOST_QUERIES:
+        return f"it takes at most {MOST_QUERIES} query tokens"
+    if max(D, E) > WIDEST_HEAD:
+        return f"it takes heads of at most {WIDEST_HEAD} features"
+    if any(x.stride(-1) != 1 for x in factors):
+        return "the last dimension of every factor must be contiguous"
+    if pages is not None and factors[0].shape[1] % 64:
+        return "the tokens of a page must be a multiple of 64"
+    return None
 
 
 def _fastest_first(T: int, device: str) -> dict[str, Callable[..., torch.Tensor]]:
@@ -64,9 +179,15 @@ def _fastest_first(T: int, device: str) -> dict[str, Callable[..., torch.Tensor]
     The factor-space form repeats for every query what SDPA on contracted K and V does once. On a CPU that
     pays for one query: 1/8 of SDPA's time on 2 cores (34 heads, head_dim 64, rank 2, 4,096 cached tokens,
     float32), while from 4 queries (rank 2) or 2 (rank 6) on SDPA is as fast or faster. On a GPU its many small
-    operators take 3 times as long as SDPA (H100, 47 heads, batch 16, 32,768 tokens, bfloat16).
-    `python -m kernels.bench decode [--queries N] [--rank R]`.
+    operators take 3 times as long as SDPA (H100, 47 heads, batch 16, 32,768 tokens, bfloat16), and the Triton
+    kernel is far ahead of both. `python -m kernels.bench decode [--queries N] [--rank R]`.
     """
-    if device == "cpu" and T == 1:
-        return {"plain": plain.decode, "sdpa": sdpa.decode}
-    return {"sdpa": sdpa.decode, "plain": plain.decode}
+    if device == "cpu":
+        # Triton's interpreter is for tests: by name only.
+        backends = (
+            {"plain": plain.decode, "sdpa": sdpa.decode}
+            if T == 1
+            else {"sdpa": sdpa.decode, "plain": plain.decode}
+        )
+        return {**backends, "triton": _triton}
+    return {"triton": _triton, "sdpa": sdpa.decode, "plain": plain.decode}

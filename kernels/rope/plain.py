@@ -35,12 +35,8 @@ def rotate(
     if width == 0:
         return x_BTRD
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    x, stays = x_BTRD[..., :width], x_BTRD[..., width:]
+    x, stays = (x_BTRD, None) if width == D else (x_BTRD[..., :width], x_BTRD[..., width:])
     x1, x2 = x.chunk(2, dim=-1) if pairing == "halves" else (x[..., 0::2], x[..., 1::2])
     y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin
-    if pairing == "interleaved":
-        y1 = torch.stack((y1, y2), dim=-1).flatten(-2)
-        parts = (y1, stays)
-    else:
-        parts = (y1, y2, stays)
-    return torch.cat(parts, dim=-1).to(x_BTRD.dtype)
+    turned = (y1, y2) if pairing == "halves" else (torch.stack((y1, y2), dim=-1).flatten(-2),)
+    return torch.cat(turned if stays is None else (*turned, stays), dim=-1).to(x_BTRD.dtype)

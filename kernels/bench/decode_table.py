@@ -1,0 +1,295 @@
+"""The decode kernel over heads, ranks, lengths and layouts in one run: `python -m kernels.bench decode --table`.
+
+Every time is of CUDA graph replays, per call. A graph's calls go round caches of more than 256 MB together, so that
+none finds its cache in L2, and each call's rows are one token longer than the last one's. Both launches count.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, R rank of K and V.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.bench.report import environment
+from kernels.bench.timing import copy_bandwidth, median, quantile
+from kernels.decode import decode, layout
+
+ROTATED_BYTES = 2.56e8
+MOST_CALLS = 64
+# What growing lengths shorten the first call by, at most.
+GROWTH = MOST_CALLS
+REPLAYS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """bf16. `layout`: entries (B, M, R, H) "split", the same with ranks of A "padded", or one "record" per token.
+
+    `lengths`: "even", or "ragged" (drawn from 1 to twice the mean). `pages`: tokens of a page, 0 for none.
+    """
+
+    heads: int
+    head_dim: int
+    rank: int
+    batch: int
+    tokens: int
+    queries: int = 1
+    layout: str = "padded"
+    lengths: str = "even"
+    pages: int = 0
+    group: str = "256 MB and more"
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the cache, unpadded."""
+        return self.batch * self.tokens * 2 * self.rank * (self.heads + self.head_dim) * 2
+
+
+def cases() -> list[Case]:
+    """Issue by issue of what decoding must be fast at."""
+    large = [
+        Case(heads, head_dim, rank, 16, 65536 // rank)
+        for head_dim in (64, 128)
+        for heads in (16, 32, 48, 64)
+        for rank in (1, 2, 4)
+    ]
+    odd = [
+        Case(heads, 64, 2, 16, 32768, layout=name, group="odd head counts")
+        for heads in (34, 47, 61, 78)
+        for name in ("padded", "record", "split")
+    ]
+    medium = [
+        Case(32, 64, 1, 16, 16384, group="16 to 256 MB"),
+        Case(32, 64, 1, 1, 65536, group="16 to 256 MB"),
+        Case(32, 64, 2, 16, 8192, group="16 to 256 MB"),
+        Case(47, 64, 2, 32, 8192, group="16 to 256 MB"),
+        Case(32, 128, 1, 1, 262144, group="16 to 256 MB"),
+    ]
+    small = [
+        Case(32, 64, 1, 1, 4096, group="one row, 4,096 tokens"),
+        Case(47, 64, 2, 1, 4096, group="one row, 4,096 tokens"),
+        Case(32, 64, 1, 1, 512, group="one row, 4,096 tokens"),
+    ]
+    one = [Case(32, 64, 1, 16, 65536), Case(32, 64, 2, 16, 32768), Case(47, 64, 2, 16, 32768)]
+    several = [replace(case, queries=4, group="query tokens") for case in one]
+    several += [replace(one[1], queries=queries, group="query tokens") for queries in (2, 8, 16)]
+    other = [
+        replace(case, group="ragged and paged", **changes)
+        for case in one[:2]
+        for changes in ({"lengths": "ragged"}, {"pages": 64}, {"lengths": "ragged", "pages": 64})
+    ]
+    return large + odd + medium + small + several + other
+
+
+def run(device: torch.device, *, chosen: list[Case] | None = None) -> dict[str, Any]:
+    """Times the cases; seconds and bytes per second.
+
+    Raises AssertionError when a longer cache, another batch or another capacity compiled a kernel anew.
+    """
+    from kernels.decode import triton as kernel
+
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "operation": "decode",
+        "dtype": "bfloat16",
+        "copy_bytes_per_second": copy_bandwidth(device),
+        **environment(device),
+        "triton": kernel.triton.__version__,
+        "recompilations": _recompilations(device),
+        "rows": [],
+    }
+    baselines: dict[tuple[int, ...], dict[str, Any]] = {}
+    for case in chosen or cases():
+        times = _tpa_times(case, device)
+        key = (case.heads, case.head_dim, case.batch, case.tokens, case.queries)
+        if key not in baselines:
+            baselines[key] = _baselines(case, device)
+        row = {
+            **asdict(case),
+            "cache_bytes": case.n_bytes,
+            "median_s": median(times),
+            "quartiles_s": [quantile(times, 0.25), quantile(times, 0.75)],
+            "share_of_copy_bandwidth": case.n_bytes / median(times) / result["copy_bytes_per_second"],
+            **baselines[key],
+        }
+        result["rows"].append(row)
+    by_case = {tuple(row[name] for name in Case.__dataclass_fields__): row for row in result["rows"]}
+    for row in result["rows"]:
+        # The same work by one query, or dense: what several queries, ragged rows and pages cost.
+        twin = {name: row[name] for name in Case.__dataclass_fields__}
+        twin |= {"queries": 1, "lengths": "even", "pages": 0}
+        candidates = [by_case.get(tuple((twin | {"group": group}).values())) for group in _groups(result)]
+        base = next((found for found in candidates if found is not None and found is not row), None)
+        row["times_one_dense_query"] = row["median_s"] / base["median_s"] if base else None
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown, one row a case."""
+    lines = [
+        f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, {result['dtype']}, commit"
+        f" {result['git_commit'] or 'unknown'}, {result['date']}; copy"
+        f" {result['copy_bytes_per_second'] / 1e9:.0f} GB/s; {result['recompilations']} recompilations",
+    ]
+    for group in _groups(result):
+        lines += [
+            "",
+            f"**{group}**",
+            "",
+            "| h, d_h, R | B | tokens | T | layout | MB | µs | of copy | plain | GQA-8 | MQA | to one dense query |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in result["rows"]:
+            if row["group"] != group:
+                continue
+            how = [row["layout"], row["lengths"] * (row["lengths"] != "even"), "paged" * (row["pages"] > 0)]
+            ratios = [
+                f"{row[name] / row['median_s']:.2f}×" if row[name] else ""
+                for name in ("plain_s", "gqa8_s", "mqa_s")
+            ]
+            to_one = row["times_one_dense_query"]
+            lines.append(
+                f"| {row['heads']}, {row['head_dim']}, {row['rank']} | {row['batch']} | {row['tokens']:,} |"
+                f" {row['queries']} | {' '.join(filter(None, how))} | {row['cache_bytes'] / 1e6:.0f} |"
+                f" {row['median_s'] * 1e6:.1f} | {row['share_of_copy_bandwidth']:.1%} | {' | '.join(ratios)} |"
+                f" {f'{to_one:.2f}×' if to_one else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def _groups(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["group"] for row in result["rows"]))
+
+
+def _factors(case: Case, device: torch.device, rows: int, tokens: int) -> list[torch.Tensor]:
+    H, D, R = case.heads, case.head_dim, case.rank
+    if case.layout == "record":
+        width = layout.record_width(H, D, D, R, R, 2)
+        records = torch.randn(rows, tokens, width, device=device, dtype=torch.bfloat16)
+        return list(layout.views(records, H, D, D, R, R))
+    stored = layout.padded_heads(H, D, D, R, R, 2) if case.layout == "padded" else H
+    return [
+        torch.randn(rows, tokens, R, kept, device=device, dtype=torch.bfloat16)[..., :used]
+        for kept, used in ((stored, H), (D, D), (stored, H), (D, D))
+    ]
+
+
+def _lengths(case: Case, n_calls: int, device: torch.device) -> tuple[list[torch.Tensor], int]:
+    """Lengths (B,) of each call, growing by one, their mean about `tokens`; and the capacity that holds them."""
+    if case.lengths == "even":
+        last = torch.full((case.batch,), case.tokens)
+    else:
+        draw = torch.rand(case.batch)
+        last = (draw / draw.mean() * case.tokens).long().clamp_min(GROWTH + case.queries)
+    capacity = math.ceil(int(last.max()) / 128) * 128
+    growth = min(GROWTH, case.tokens // 64)
+    return [(last - min(growth, n_calls - i)).to(device) for i in range(n_calls)], capacity
+
+
+def _tpa_times(case: Case, device: torch.device) -> list[float]:
+    torch.cuda.empty_cache()
+    n_caches = max(1, math.ceil(ROTATED_BYTES / case.n_bytes))
+    n_calls = min(MOST_CALLS, max(4, n_caches))
+    n_caches = min(n_caches, MOST_CALLS)
+    lengths, capacity = _lengths(case, n_calls, device)
+    q = torch.randn(case.batch, case.queries, case.heads, case.head_dim, device=device, dtype=torch.bfloat16)
+    pages = None
+    if case.pages:
+        per_row = capacity // case.pages
+        pages = torch.randperm(case.batch * per_row, device=device).int().view(case.batch, per_row)
+        caches = [_factors(case, device, pages.numel(), case.pages) for _ in range(n_caches)]
+    else:
+        caches = [_factors(case, device, case.batch, capacity) for _ in range(n_caches)]
+    calls = [
+        lambda i=i: decode(
+            q,
+            *caches[i % n_caches],
+            scale=case.head_dim**-0.5,
+            lengths=lengths[i],
+            pages=pages,
+            backend="triton",
+        )
+        for i in range(n_calls)
+    ]
+    return graph_times(calls)
+
+
+def _baselines(case: Case, device: torch.device) -> dict[str, float | None]:
+    """Seconds of one call: the plain twin, and SDPA over as many tokens with 8 and with 1 KV heads."""
+    found: dict[str, float | None] = {"plain_s": None, "gqa8_s": None, "mqa_s": None}
+    torch.cuda.empty_cache()
+    B, T, H, D, M = case.batch, case.queries, case.heads, case.head_dim, case.tokens
+    q_BHTD = torch.randn(B, H, T, D, device=device, dtype=torch.bfloat16)
+    for name, G in (("gqa8_s", 8), ("mqa_s", 1)):
+        if H % G or T > 1:
+            continue
+        n_caches = max(1, math.ceil(ROTATED_BYTES / (B * M * G * D * 4)))
+        n_calls = min(MOST_CALLS, max(4, n_caches))
+        caches = [
+            torch.randn(2, B, G, M, D, device=device, dtype=torch.bfloat16)
+            for _ in range(min(n_caches, MOST_CALLS))
+        ]
+        turns = [caches[i % len(caches)] for i in range(n_calls)]
+        calls = [
+            lambda k=k, v=v: F.scaled_dot_product_attention(q_BHTD, k, v, enable_gqa=True) for k, v in turns
+        ]
+        found[name] = median(graph_times(calls))
+    if T == 1:
+        factors = _factors(replace(case, layout="split"), device, B, M)
+        q_BTHD = q_BHTD.transpose(1, 2)
+        run = torch.no_grad()(lambda: decode(q_BTHD, *factors, scale=D**-0.5, backend="plain"))
+        run()
+        found["plain_s"] = median([_event_seconds(run) for _ in range(3)])
+    return found
+
+
+def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of one call, from each replay of one graph of all of them."""
+    with torch.no_grad():
+        calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        return [_event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS)]
+
+
+def _event_seconds(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _recompilations(device: torch.device) -> int:
+    """Kernels compiled while lengths, capacity and batch change; must be 0."""
+    from kernels.decode import triton as kernel
+
+    def grow(batch: int, capacity: int, lengths: list[int]) -> None:
+        case = Case(47, 64, 2, batch, capacity)
+        factors = _factors(case, device, batch, capacity)
+        q = torch.randn(batch, 1, 47, 64, device=device, dtype=torch.bfloat16)
+        for length in lengths:
+            rows = torch.full((batch,), length, device=device)
+            decode(q, *factors, scale=0.125, lengths=rows, backend="triton")
+
+    # The second kernel comes in a few widths, by how many rows share the programs.
+    batches = (1, 2, 3, 5, 16, 33, 70, 140, 300)
+    for batch in batches:
+        grow(batch, 256, [256])
+    before = kernel.n_compiled()
+    for batch in batches:
+        for capacity in (1, 16, 17, 255, 1000):
+            grow(batch, capacity, [1, capacity // 2, capacity])
+    after = kernel.n_compiled()
+    if after != before:
+        raise AssertionError(f"{after - before} kernels were compiled again while a sequence grew")
+    return after - before

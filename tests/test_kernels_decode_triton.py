@@ -1,0 +1,183 @@
+"""The Triton decode kernel in Triton's interpreter, against the plain twin in float64.
+
+Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E value dimension, S rank of K,
+U rank of V; P pages, N tokens of a page.
+"""
+
+import os
+
+import pytest
+import torch
+
+# Before triton is imported; torch may have done that already where it is imported without this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernels.decode import decode, layout, visible
+from kernels.decode.launch import Launch
+from kernels.tolerances import assert_close
+
+if torch.cuda.is_available():
+    pytest.skip("compiled for the GPU in this process: see test_kernels_gpu.py", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+if isinstance(triton.language.standard.sum, triton.runtime.JITFunction):
+    pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+
+kernel = pytest.importorskip("kernels.decode.triton")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def cache(B, T, M, H, S, U, D=32, E=32, dtype=torch.float16) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "q_BTHD": (B, T, H, D),
+        "a_k_BMSH": (B, M, S, H),
+        "b_k_BMSD": (B, M, S, D),
+        "a_v_BMUH": (B, M, U, H),
+        "b_v_BMUE": (B, M, U, E),
+    }
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def truth(inputs: dict[str, torch.Tensor], lengths: torch.Tensor | None = None) -> torch.Tensor:
+    T, M = inputs["q_BTHD"].shape[1], inputs["b_k_BMSD"].shape[1]
+    mask = None if lengths is None else visible(lengths, T, M)
+    wide = {name: x.double() for name, x in inputs.items()}
+    return decode(**wide, scale=0.3, mask=mask, backend="plain")
+
+
+def check(inputs: dict[str, torch.Tensor], lengths: torch.Tensor | None = None) -> None:
+    got = decode(**inputs, scale=0.3, lengths=lengths, backend="triton")
+    assert_close(got, truth(inputs, lengths), inputs["q_BTHD"].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "H", "S", "U", "D", "E"),
+    [
+        (1, 3, 1, 1, 32, 32),
+        (63, 34, 2, 1, 64, 32),
+        (130, 47, 1, 3, 32, 80),
+        (70, 61, 2, 2, 16, 16),
+        (65, 78, 3, 2, 32, 32),
+        (33, 130, 1, 1, 32, 256),
+    ],
+)
+def test_one_query_token(M, H, S, U, D, E, dtype):
+    check(cache(2, 1, M, H, S, U, D, E, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "H"), [(1, 34), (2, 5), (3, 47), (16, 3)])
+def test_lengths_with_a_causal_tail(T, H, dtype):
+    """An empty row, one shorter than its queries, whose first ones see nothing, and a full one."""
+    check(cache(3, T, 100, H, 2, 1, dtype=dtype), torch.tensor([0, 2, 100]))
+
+
+def test_more_rows_than_programs_and_than_one_block_of_lengths():
+    lengths = torch.arange(40) * 5 % 23
+    check(cache(40, 1, 23, 2, 1, 1), lengths)
+
+
+def test_without_lengths_every_query_sees_all():
+    check(cache(2, 3, 40, 6, 1, 1))
+
+
+def test_queries_that_are_not_contiguous():
+    inputs = cache(2, 4, 40, 6, 1, 1)
+    inputs["q_BTHD"] = inputs["q_BTHD"].transpose(1, 2).contiguous().transpose(1, 2)
+    check(inputs)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_non_contextual_factors_are_expanded_parameters(side):
+    """Stride 0 over rows and tokens."""
+    inputs = cache(2, 1, 90, 5, 2, 2)
+    for name in [name for name in inputs if name.startswith(side)]:
+        inputs[name] = inputs[name][0, 0].expand(2, 90, -1, -1)
+    check(inputs, torch.tensor([90, 41]))
+
+
+def test_part_of_a_larger_cache():
+    """What the model's cache returns: the tokens so far of every row, with the strides of the whole."""
+    inputs = cache(3, 1, 128, 6, 2, 1)
+    sliced = {name: x if name == "q_BTHD" else x[:, :77] for name, x in inputs.items()}
+    check(sliced, torch.tensor([77, 3, 60]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("H", [34, 47, 78])
+def test_records(H, dtype):
+    D, S, U, size = 32, 2, 1, dtype.itemsize
+    inputs = cache(2, 1, 90, H, S, U, dtype=dtype)
+    width = layout.record_width(H, D, D, S, U, size)
+    assert width * size % 16 == 0
+    assert width <= 1.06 * ((S + U) * (H + D)) + 16 // size
+    records = torch.zeros(2, 90, width, dtype=dtype)
+    views = layout.views(records, H, D, D, S, U)._asdict()
+    for name, view in views.items():
+        view.copy_(inputs[name])
+    check({"q_BTHD": inputs["q_BTHD"], **views}, torch.tensor([90, 33]))
+    with pytest.raises(ValueError, match="elements, these sizes take"):
+        layout.views(records[..., :-1], H, D, D, S, U)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_pages(backend):
+    B, n, N = 2, 3, 64
+    inputs = cache(B, 2, n * N, 5, 2, 1)
+    pages = torch.randperm(7)[: B * n].view(B, n)
+    paged = {"q_BTHD": inputs["q_BTHD"]}
+    for name, x in list(inputs.items())[1:]:
+        paged[name] = torch.randn(7, N, *x.shape[2:]).to(x.dtype)
+        paged[name][pages] = x.unflatten(1, (n, N))
+    lengths = torch.tensor([150, 64])
+    got = decode(**paged, scale=0.3, lengths=lengths, pages=pages, backend=backend)
+    assert_close(got, truth(inputs, lengths), torch.float16)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_merge_survives_log_sum_exps_far_apart(order):
+    """Segments whose log-sum-exps lie up to 10,000 apart: the largest decides, and nothing becomes NaN."""
+    M = 320
+    inputs = cache(1, 1, M, 3, 1, 1, dtype=torch.float32)
+    inputs["q_BTHD"].fill_(1.0)
+    inputs["a_k_BMSH"].fill_(1.0)
+    height = torch.linspace(-5000, 5000, M) * (1 if order == "ascending" else -1)
+    inputs["b_k_BMSD"] = (height / 32).view(1, M, 1, 1).expand(1, M, 1, 32).contiguous()
+    got = decode(**inputs, scale=1.0, backend="triton")
+    wide = {name: x.double() for name, x in inputs.items()}
+    assert_close(got, decode(**wide, scale=1.0, backend="plain"), torch.float32)
+
+
+def test_equal_bits_between_runs():
+    inputs, lengths = cache(3, 2, 100, 6, 2, 2), torch.tensor([100, 9, 80])
+    first, second = (decode(**inputs, scale=0.3, lengths=lengths, backend="triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("tile", [32, 128])
+def test_both_orientations_of_the_products(tile, heads_first):
+    inputs, lengths = cache(2, 3, 140, 5, 2, 2), torch.tensor([140, 31])
+    launch = Launch(tile, warps=4, stages=2, programs=2, heads_first=heads_first)
+    q, *factors = inputs.values()
+    got = kernel.decode(q, *factors, 0.3, lengths, launch=launch)
+    assert_close(got, truth(inputs, lengths), torch.float16)
+
+
+def test_what_it_cannot_run_is_refused_with_the_reason():
+    inputs = cache(2, 1, 9, 3, 2, 1)
+
+    def refused(reason: str, **changes) -> None:
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {reason}"):
+            decode(**{**inputs, "scale": 0.3, "backend": "triton", **changes})
+
+    refused("it takes lengths, not a mask", mask=torch.ones(2, 1, 1, 9, dtype=torch.bool))
+    refused("it has no backward pass", q_BTHD=inputs["q_BTHD"].clone().requires_grad_())
+    refused("queries and factors must all be", q_BTHD=inputs["q_BTHD"].double())
+    refused("the last dimension of every factor", b_k_BMSD=inputs["b_k_BMSD"].mT.contiguous().mT)
+    refused("it takes at most 16 query tokens", **cache(2, 17, 9, 3, 1, 1))
+    refused("it takes heads of at most 256", **cache(2, 1, 9, 3, 1, 1, D=264))
+    refused("the tokens of a page must be a multiple of 64", pages=torch.zeros(2, 1, dtype=torch.int32))
