@@ -117,12 +117,18 @@ def test_parameters_and_cache_are_what_the_formulas_say(config: T6Config, model:
 def test_flops_are_what_pytorch_counts(config: T6Config, tokens: torch.Tensor) -> None:
     model = random_model(config, torch.float32)
 
-    def counted(*arguments: torch.Tensor, **options: object) -> int:
+    def counted(*arguments: torch.Tensor, backward: bool = False, **options: object) -> int:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*arguments, **options)
+            logits = model(*arguments, **options)
+            if backward:
+                logits.sum().backward()
         return counter.get_total_flops()
 
-    assert counted(tokens) == tokens.numel() * config.forward_flops(keys=TOKENS)
+    forward = tokens.numel() * config.forward_flops(keys=TOKENS)
+    assert counted(tokens) == forward
+    # Each product has two in the backward pass: what `training_flops` takes for granted.
+    assert counted(tokens, backward=True) == 3 * forward
+    assert config.training_flops(TOKENS) == 3 * config.forward_flops(keys=(TOKENS + 1) / 2)
     cache = model.new_cache(len(tokens), TOKENS)
     model(tokens[:, :-1], cache=cache)
     assert counted(tokens[:, -1:], cache=cache) == len(tokens) * config.decode_flops(keys=TOKENS)

@@ -98,6 +98,17 @@ def mlflow_runs(home: Path) -> tuple[dict[str, str], dict[str, dict[str, str]], 
     return {run.info.run_name: run.info.status for run in runs}, tags, points
 
 
+def artifacts(home: Path, run_name: str) -> set[str]:
+    """Names of the files that MLflow keeps of the run of that name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("t6")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{run_name}'")
+    return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
 def assert_complete(home: Path, cells: dict[str, dict], seeds: list[int], max_steps: int) -> None:
     """Every trial finished once, in one MLflow run under the sweep's, with each step of the loss once."""
     names = {f"tiny-{cell}-seed{seed}" for cell in cells for seed in seeds}
@@ -109,6 +120,8 @@ def assert_complete(home: Path, cells: dict[str, dict], seeds: list[int], max_st
     for name in names:
         steps = {step for run, metric, step in points if (run, metric) == (name, "train/loss")}
         assert max(steps) == max_steps
+    assert (home / "sweeps" / "tiny.png").stat().st_size > 10_000, "the loss curves were drawn"
+    assert artifacts(home, "tiny") == {"tiny.md", "tiny.png"}
     report = (home / "sweeps" / "tiny.md").read_text()
     assert f"{len(names)} of {len(names)} trials finished." in report
 
