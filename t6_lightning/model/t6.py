@@ -125,7 +125,7 @@ class T6(nn.Module):
         nothing = torch.empty(len(keys_M), 0, device=keys_M.device)
         tables = self._tables(keys_M)[1] if reads_tables else Tables(nothing, nothing)
         seen = Keys(tables, keys_M == 0)
-        mask = None
-        if cache.ragged or positions_BT.shape[1] > 1:
-            mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
-        return Layout(queries, new, seen, mask, causal=False)
+        if not cache.ragged and positions_BT.shape[1] == 1:
+            return Layout(queries, new, seen, causal=False)
+        mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
+        return Layout(queries, new, seen, mask, positions_BT[:, -1] + 1, causal=False)

@@ -125,6 +125,8 @@ class Layout:
         seen: everything in the cache, the new tokens included; None unless it is read (`causal` is False). Its
             tables are empty (W = 0) for a family that does not rotate what it reads.
         mask: bool (B, 1, T, M), True where a token may attend; None means `causal` alone decides.
+        lengths: integers (B,), cached tokens of each row with the new ones, which are its last: what `mask` says too,
+            in the form that decoding kernels read. None where there is no mask, or it is one of documents.
         causal: the new tokens are all there is, and each sees itself and those before it, or as `mask` says.
     """
 
@@ -132,6 +134,7 @@ class Layout:
     keys: Keys
     seen: Keys | None = None
     mask: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
     causal: bool = True
 
 

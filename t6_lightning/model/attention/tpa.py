@@ -479,7 +479,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         if c.kv_shift:
             keys = self._shifted("k", *keys, layout.seen.starts)
             values = self._shifted("v", *values, layout.seen.starts)
-        return decode(q_BTHD, *keys, *values, scale=c.softmax_scale(), mask=layout.mask)
+        return decode(q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths)
 
     def _shifted(
         self, part: str, a: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
