@@ -21,11 +21,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
 from datamodules.base import TokenData
+from t6_lightning import parallel
 from t6_lightning.callbacks.cadence import Cadence
 from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from t6_lightning.callbacks.monitor import Monitor
 from t6_lightning.callbacks.progress import TrainingProgress
 from t6_lightning.callbacks.seeds import StepSeeds
+from t6_lightning.callbacks.spikes import SpikeGuard
 from t6_lightning.errors import BadInput
 from t6_lightning.module import T6Module
 from t6_lightning.presets import config_file
@@ -94,6 +96,7 @@ class T6CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_class_arguments(Cadence, "cadence")
         parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_class_arguments(SpikeGuard, "spikes")
         parser.add_class_arguments(MLflowTracking, "tracking")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
         parser.add_argument(
@@ -117,6 +120,7 @@ class T6CLI(LightningCLI):
         trainer = self.config.trainer
         if trainer.max_steps < 1:
             raise BadInput(f"trainer.max_steps={trainer.max_steps} is not possible: it must be at least 1")
+        parallel.follow_launcher(trainer)
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
@@ -127,13 +131,17 @@ class T6CLI(LightningCLI):
         self.checkpoints: Checkpoints = built.checkpoints
         self.checkpoints.cadence = self.cadence
         self.tracking: MLflowTracking = built.tracking
-        config = {**built.trainer, **kwargs, "plugins": [VerifiedCheckpointIO()]}
+        self.checkpoints.io = VerifiedCheckpointIO(self.checkpoints.asynchronous)
+        config = {**built.trainer, **kwargs, "plugins": [self.checkpoints.io]}
         if self.command == "fit":
-            monitor = Monitor(self.cadence, self.tracking)
+            guard: SpikeGuard = built.spikes
+            guard.checkpoints = self.checkpoints
+            monitor = Monitor(self.cadence, guard, self.tracking)
             # In this order: data position, then what is logged of it, then what is saved.
             callbacks = [
                 StepSeeds(int(self.config.seed_everything)),
                 self.cadence,
+                guard,
                 monitor,
                 TrainingProgress(monitor),
                 self.checkpoints,
@@ -142,7 +150,9 @@ class T6CLI(LightningCLI):
         else:
             callbacks = []
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        return self._instantiate_trainer(config, callbacks)
+        return parallel.build_trainer(
+            lambda config: self._instantiate_trainer(config, callbacks), config, self.checkpoints.sharded
+        )
 
     @property
     def config_yaml(self) -> str:
