@@ -43,6 +43,9 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data deals itself out to ranks
 }
 
+MACHINE = ("trainer.devices", "trainer.num_nodes")
+"""What a run is started on; a run that goes on may find another number of them."""
+
 
 class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence."""
@@ -158,7 +161,7 @@ class T6CLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration without what names this one call, as `--config` reads it back."""
         config = self.config.clone()
-        for name in ("config", "run", "ckpt_path", "init_from", "dry_run"):
+        for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
             config.pop(name, None)
         return self.parser.dump(config, skip_none=False)
 

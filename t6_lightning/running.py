@@ -252,6 +252,7 @@ def _hyperparameters(cli: T6CLI) -> dict[str, Any]:
     derived = {
         "n_parameters": cli.model.config.n_parameters(),
         "tokens_per_step": cli.cadence.tokens_per_step,
+        "ranks": cli.trainer.world_size,
     }
     return yaml.safe_load(cli.config_yaml) | derived
 

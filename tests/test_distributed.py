@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import yaml
 from commands import TINY, command
 from test_resume import logged_step, metrics, weights
 
@@ -191,6 +192,7 @@ def test_the_launcher_of_lightning_and_a_signal_to_the_first_process(home: Path,
     assert errors.count("stopped by SIGTERM after a checkpoint") == 1
     assert output.count("run launched in") == 1
     assert RunFolder("launched").record["status"] == "interrupted"
+    assert "devices" not in yaml.safe_load(RunFolder("launched").config_file.read_text())["trainer"]
     ranks.fit(1, "launched", *EXACT)
     assert_close(home, "launched", one, 1e-12)
 
