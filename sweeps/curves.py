@@ -32,11 +32,11 @@ def draw(sweep: Sweep, rows: list[dict[str, Any]], file: Path) -> bool:
     from matplotlib import pyplot as plt
 
     colours = plt.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
-    styles = ("-", "--", ":", "-.")
+    styles = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3)), (0, (3, 1, 1, 3)))
     figure, axes = plt.subplots(figsize=(11, 2.5 + 0.2 * max(12, len(curves))), layout="constrained")
     for i, (cell, curve) in enumerate(sorted(curves.items(), key=lambda item: item[1][-1][1])):
         steps, losses = zip(*curve, strict=True)
-        look = {"color": colours[i % 10], "linestyle": styles[i // 10 % 4], "linewidth": 1.2}
+        look = {"color": colours[i % 10], "linestyle": styles[i // 10 % len(styles)], "linewidth": 1.2}
         axes.plot(steps, losses, label=f"{losses[-1]:.3f}  {cell}", **look)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats per token)")

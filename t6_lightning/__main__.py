@@ -26,6 +26,7 @@ COMMANDS = {
         "t6_lightning.commands.evaluate",
         "perplexity and bits per byte of a checkpoint on given files",
     ),
+    "consolidate": ("t6_lightning.commands.consolidate", "one checkpoint file of a folder of shards"),
     "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
     "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
     "import": ("t6_lightning.commands.import_", "read a checkpoint of the paper's public code"),
@@ -62,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[command][0])
         return module.main(arguments)
     except (BadInput, BadData) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from t6_lightning import ranks
+
+        # Before ranks have found each other, all of them see the same arguments.
+        if ranks.connected() or ranks.is_first():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in NO_PLACE:

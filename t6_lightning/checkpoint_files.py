@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from t6_lightning import checkpoint_shards, ranks
 from t6_lightning.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -31,11 +34,34 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_and_sync(file: Path, write: Callable[[Any], object]) -> None:
+class _Hashed:
+    """A file that is hashed while it is written, beside the writing: it need not be read again."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.hash = hashlib.sha256()
+        self.hasher = ThreadPoolExecutor(1)
+
+    def write(self, data: Any) -> int:
+        hashed = self.hasher.submit(self.hash.update, data)
+        try:
+            return self.stream.write(data)
+        finally:
+            hashed.result()  # the caller may use the buffer again
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _write_and_sync(file: Path, write: Callable[[Any], object]) -> str:
+    """Write a file to the disk itself; its SHA-256."""
     with file.open("wb") as stream:
-        write(stream)
+        hashed = _Hashed(stream)
+        with hashed.hasher:
+            write(hashed)
         stream.flush()
         os.fsync(stream.fileno())
+        return hashed.hash.hexdigest()
 
 
 def save(state: dict[str, Any], checkpoint: Path) -> None:
@@ -48,9 +74,8 @@ def save(state: dict[str, Any], checkpoint: Path) -> None:
     temporary_sum = _checksum_file(temporary)
     try:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_sync(temporary, lambda stream: torch.save(state, stream))
-        checksum = f"{_sha256(temporary)}  {checkpoint.name}\n".encode()
-        _write_and_sync(temporary_sum, lambda stream: stream.write(checksum))
+        digest = _write_and_sync(temporary, lambda stream: torch.save(state, stream))
+        _write_and_sync(temporary_sum, lambda stream: stream.write(f"{digest}  {checkpoint.name}\n".encode()))
         temporary_sum.replace(_checksum_file(checkpoint))
         temporary.replace(checkpoint)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
@@ -63,12 +88,67 @@ def save(state: dict[str, Any], checkpoint: Path) -> None:
         ) from error
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the file's checksum is the one written with it."""
+def save_shards(
+    rest: dict[str, Any], mine: dict[str, torch.Tensor], checkpoint: Path, rank: int, world: int
+) -> None:
+    """Write a checkpoint as a folder, each rank its own rows and rank 0 the rest; it is there whole or not at all.
+
+    Every rank must call, on a file system that all share.
+
+    Args:
+        rest: what is not spread; needed on rank 0.
+        mine: this rank's rows of each spread tensor.
+        checkpoint: the folder.
+        rank: of this process.
+        world: number of ranks.
+
+    Raises:
+        CheckpointError: on every rank, when one of them could not write.
+    """
+    temporary = checkpoint.with_name(f".{checkpoint.name}.partial")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+    ranks.barrier()
+    failure: CheckpointError | None = None
     try:
-        return _checksum_file(checkpoint).read_text().split()[0] == _sha256(checkpoint)
+        save(mine, checkpoint_shards.shard_file(temporary, rank, world))
+        if rank == 0:
+            save(rest, temporary / checkpoint_shards.REST)
+    except CheckpointError as error:
+        failure = error
+    all_written = ranks.largest(float(failure is not None)) == 0
+    if rank == 0:
+        if all_written:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            temporary.rename(checkpoint)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+    ranks.barrier()
+    if not all_written:
+        raise failure or CheckpointError(f"checkpoint {checkpoint} could not be written by another rank")
+
+
+_verified: set[tuple[str, int, int, int]] = set()
+"""Files found whole, by name, inode, size and time of change: a file of gigabytes is read through once only."""
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the file's checksum, or that of each file of a folder, is the one written with it."""
+    if checkpoint.is_dir():
+        files = checkpoint_shards.files_of(checkpoint)
+        with ThreadPoolExecutor() as readers:
+            return bool(files) and all(readers.map(is_whole, files))
+    try:
+        status = checkpoint.stat()
+        seen = (str(checkpoint.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)
+        if seen in _verified:
+            return True
+        whole = _checksum_file(checkpoint).read_text().split()[0] == _sha256(checkpoint)
     except (OSError, IndexError):
         return False
+    if whole:
+        _verified.add(seen)
+    return whole
 
 
 def in_order(folder: Path) -> list[Path]:
@@ -76,38 +156,60 @@ def in_order(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"))
 
 
-def newest_verified(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is whole; damaged ones are named and passed over."""
-    for checkpoint in reversed(in_order(folder)):
+def of_step(folder: Path, step: int) -> Path:
+    """The checkpoint of an optimizer step."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a name from `of_step` says."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
+def newest_verified(folder: Path, fits: Callable[[Path], bool] = lambda file: True) -> Path | None:
+    """The newest checkpoint of a folder that fits and is whole; damaged ones are named and passed over."""
+    for checkpoint in filter(fits, reversed(in_order(folder))):
         if is_whole(checkpoint):
             return checkpoint
         log.warning("checkpoint %s is damaged (its checksum differs): trying the one before", checkpoint)
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed process left half-written or half-removed."""
-    kept = in_order(folder)[-keep:]
+def prune(folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and those in `also`, and what a killed process left
+    half-written or half-removed."""
+    kept = {*in_order(folder)[-keep:], *also}
     names = {file.name for checkpoint in kept for file in (checkpoint, _checksum_file(checkpoint))}
     for file in folder.iterdir():
         if file.name.lstrip(".").startswith("step-") and file.name not in names:
-            file.unlink(missing_ok=True)
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
 
 
-def load(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, plain data only (never unpickling code).
+def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
+    """Read a checkpoint, file or folder of shards, onto the CPU; plain data only (never unpickling code).
+
+    Args:
+        checkpoint: where it is.
+        whole: put the shards of a folder together; else they are `checkpoint_shards.Pieces`.
 
     Raises:
         BadInput: it is damaged, or no checkpoint of this program.
     """
-    if _checksum_file(checkpoint).exists() and not is_whole(checkpoint):
+    is_folder = checkpoint.is_dir()
+    if (is_folder or _checksum_file(checkpoint).exists()) and not is_whole(checkpoint):
         raise BadInput(
             f"checkpoint {checkpoint} is damaged: its checksum differs from the one written with it"
         )
-    if not zipfile.is_zipfile(checkpoint):
+    if not is_folder and not zipfile.is_zipfile(checkpoint):
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: it is no file that torch.save wrote")
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if is_folder:
+            state = checkpoint_shards.load(checkpoint, whole)
+        else:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, pickle and torch errors all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {reason}") from error

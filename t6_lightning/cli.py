@@ -22,11 +22,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
 from datamodules.base import TokenData
+from t6_lightning import parallel
 from t6_lightning.callbacks.cadence import Cadence
 from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from t6_lightning.callbacks.monitor import Monitor
 from t6_lightning.callbacks.progress import TrainingProgress
 from t6_lightning.callbacks.seeds import StepSeeds
+from t6_lightning.callbacks.spikes import SpikeGuard
 from t6_lightning.errors import BadInput
 from t6_lightning.module import T6Module
 from t6_lightning.presets import config_file, settings
@@ -41,6 +43,9 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data deals itself out to ranks
 }
+
+MACHINE = ("trainer.devices", "trainer.num_nodes")
+"""What a run is started on; a run that goes on may find another number of them."""
 
 
 class Parser(LightningArgumentParser):
@@ -99,6 +104,7 @@ class T6CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_class_arguments(Cadence, "cadence")
         parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_class_arguments(SpikeGuard, "spikes")
         parser.add_class_arguments(MLflowTracking, "tracking")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
         parser.add_argument(
@@ -122,6 +128,7 @@ class T6CLI(LightningCLI):
         trainer = self.config.trainer
         if trainer.max_steps < 1:
             raise BadInput(f"trainer.max_steps={trainer.max_steps} is not possible: it must be at least 1")
+        parallel.follow_launcher(trainer)
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
@@ -132,13 +139,17 @@ class T6CLI(LightningCLI):
         self.checkpoints: Checkpoints = built.checkpoints
         self.checkpoints.cadence = self.cadence
         self.tracking: MLflowTracking = built.tracking
-        config = {**built.trainer, **kwargs, "plugins": [VerifiedCheckpointIO()]}
+        self.checkpoints.io = VerifiedCheckpointIO(self.checkpoints.asynchronous)
+        config = {**built.trainer, **kwargs, "plugins": [self.checkpoints.io]}
         if self.command == "fit":
-            monitor = Monitor(self.cadence, self.tracking)
+            guard: SpikeGuard = built.spikes
+            guard.checkpoints = self.checkpoints
+            monitor = Monitor(self.cadence, guard, self.tracking)
             # In this order: data position, then what is logged of it, then what is saved.
             callbacks = [
                 StepSeeds(int(self.config.seed_everything)),
                 self.cadence,
+                guard,
                 monitor,
                 TrainingProgress(monitor),
                 self.checkpoints,
@@ -147,13 +158,15 @@ class T6CLI(LightningCLI):
         else:
             callbacks = []
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        return self._instantiate_trainer(config, callbacks)
+        return parallel.build_trainer(
+            lambda config: self._instantiate_trainer(config, callbacks), config, self.checkpoints.sharded
+        )
 
     @property
     def config_yaml(self) -> str:
         """The resolved configuration without what names this one call, as `--config` reads it back."""
         config = self.config.clone()
-        for name in ("config", "run", "ckpt_path", "init_from", "dry_run"):
+        for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
             config.pop(name, None)
         return self.parser.dump(config, skip_none=False)
 

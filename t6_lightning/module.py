@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
+from t6_lightning import parallel, ranks, recompute
 from t6_lightning.errors import BadInput
 from t6_lightning.metrics import LanguageModelMetrics
 from t6_lightning.model.config import T6Config
-from t6_lightning.model.t6 import T6
+from t6_lightning.model.t6 import IGNORE, T6
 from t6_lightning.optim import AdamWConfig, Cosine, Schedule
+from t6_lightning.recompute import Recompute
 
 
 class T6Module(pl.LightningModule):
@@ -24,6 +28,8 @@ class T6Module(pl.LightningModule):
         confine_to_documents: attention stays inside each document of a packed window and positions restart
             there; off, as the paper trains, windows are read as one text.
         compile: compile one block and reuse it for all layers.
+        recompute: what the backward pass computes anew instead of keeping: "none"; "selective", what is cheap;
+            "full", each block but its input.
     """
 
     net: T6
@@ -35,6 +41,7 @@ class T6Module(pl.LightningModule):
         schedule: Schedule | None = None,
         confine_to_documents: bool = False,
         compile: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config = net
@@ -42,10 +49,17 @@ class T6Module(pl.LightningModule):
         self.schedule = schedule or Cosine()
         self.confine_to_documents = confine_to_documents
         self.compile_blocks = compile
+        self.recompute_choice: Recompute = recompute
         self.initial_weights: dict[str, torch.Tensor] | None = None
         self.figures: dict[str, float] = {}
         """`val/*` of the last validation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
+        self.step_sums = torch.zeros(2, dtype=torch.float64)
+        """Nats and counted tokens of the last optimizer step, over all its micro-batches and ranks."""
+        self.accepts_step: Callable[[torch.Tensor, torch.Tensor], bool] | None = None
+        """Given loss and gradient norm of a step, says whether it may change the weights."""
+        self._sums: torch.Tensor | None = None
+        self._positions = 0
         # Plain types only: checkpoints are read without unpickling code.
         plain = {"net": net.to_dict(), "confine_to_documents": confine_to_documents}
         self.save_hyperparameters(plain, logger=False)
@@ -56,9 +70,12 @@ class T6Module(pl.LightningModule):
         self.net = T6(self.config)
         if self.initial_weights is not None:
             self.net.load_state_dict(self.initial_weights)
+        recompute.apply(self.net.blocks, self.recompute_choice)
         if self.compile_blocks:
             for block in self.net.blocks:
                 block.compile()
+        if self.device_mesh is not None:
+            parallel.shard(self.net, self.device_mesh["data_parallel"])
 
     def check_tokenizer(self, data: Any) -> None:
         """Refuse data whose token ids have no row in the embedding.
@@ -103,16 +120,58 @@ class T6Module(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning's own clipping refuses fused optimizers under mixed precision; the norm is wanted anyway.
+        """Give every counted token of the step the same weight, and clip; or drop a step that is refused.
+
+        Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is wanted anyway.
+        """
+        assert self._sums is not None
+        positions = self._positions * self.trainer.world_size
+        self.step_sums, self._sums, self._positions = ranks.total(self._sums), None, 0
+        # The gradients are those of Σ nats / positions; exactly 1 where every position counts.
+        weight = positions / self.step_sums[1].clamp_min(1)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = norm * weight.to(norm.dtype)
+        if self.accepts_step is not None and not self.accepts_step(self.step_loss, self.grad_norm):
+            for parameter in self.parameters():
+                parameter.grad = (
+                    None  # the optimizer leaves what has no gradient alone, decay and moments too
+                )
+            return
         limit = gradient_clip_val or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0) * weight.to(norm.dtype)
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+    @property
+    def step_loss(self) -> torch.Tensor:
+        """Nats per counted token of the last optimizer step."""
+        return self.step_sums[0] / self.step_sums[1].clamp_min(1)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self._token_losses(batch).mean()
+        targets = batch["targets"]
+        nats = self._token_losses(batch).sum()
+        sums = torch.stack([nats.detach().double(), (targets != IGNORE).sum().double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._positions += targets.numel()
+        # How many tokens the step counts is known after its last micro-batch only.
+        return nats / targets.numel()
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """One rank takes one batch in turn. A sharded model runs on all ranks or none: in the last round, ranks
+        that have no batch left run one without counting it."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        turn = batch_idx % world
+        is_last = batch_idx + 1 == self._validation_batches()
+        if turn != rank and not (is_last and rank > turn):
+            return
         losses = self._token_losses(batch)
-        self.metrics.update(losses, batch["targets"], batch["n_bytes"], batch["domain"])
+        if turn == rank:
+            self.metrics.update(losses, batch["targets"], batch["n_bytes"], batch["domain"])
+
+    def _validation_batches(self) -> int:
+        testing = self.trainer.testing
+        return int((self.trainer.num_test_batches if testing else self.trainer.num_val_batches)[0])
 
     def on_validation_epoch_end(self) -> None:
         self.figures = {f"val/{name}": value for name, value in self.metrics.compute().items()}

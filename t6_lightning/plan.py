@@ -46,6 +46,8 @@ class Plan:
         micro_batches = cli.cadence.resolve(data.batch_size, data.context, cli.trainer.world_size)
         tokens_per_step = cli.cadence.tokens_per_step
         assert tokens_per_step is not None
+        # Said in the run's configuration, it stays the same on another number of ranks.
+        cli.config.cadence.tokens_per_step = tokens_per_step
         parameters = net.n_parameters()
         steps = cli.trainer.max_steps
         return cls(

@@ -17,7 +17,7 @@ from t6_lightning.callbacks.progress import duration
 from t6_lightning.console import console, python
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.generate import generate
-from t6_lightning.module import T6Module
+from t6_lightning.model.t6 import T6
 from t6_lightning.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
     return file
 
 
-def finish(cli: T6CLI, folder: RunFolder) -> dict[str, Any]:
-    """Measure what is measured once, log it with the artifacts, and write summary.json."""
+def finish(cli: T6CLI, folder: RunFolder, trained: T6) -> dict[str, Any]:
+    """Measure what is measured once, log it with the artifacts, and write summary.json. Rank 0 alone calls it."""
     net = cli.model.config
     figures = cli.model.figures
-    cache, text, speed = sample_text(cli.model, cli.datamodule, cli.trainer.precision == "bf16-mixed")
+    cache, text, speed = sample_text(trained, cli.datamodule, cli.trainer.precision == "bf16-mixed")
     element_bytes = next(iter(cache.tensors.values())).element_size()
     row_bytes = cache.n_bytes / len(cache.lengths)
     mha_elements = net.n_layers * 2 * net.d_model
@@ -58,7 +58,7 @@ def finish(cli: T6CLI, folder: RunFolder) -> dict[str, Any]:
         "kv_cache/predicted_bytes_at_full_context": net.cache_bytes_per_token(element_bytes) * net.context,
         "kv_cache/ratio_to_mha": row_bytes / cache.capacity / (mha_elements * element_bytes),
         "decode/tokens_per_second": speed,
-        "n_parameters": sum(p.numel() for p in cli.model.net.parameters()),
+        "n_parameters": sum(p.numel() for p in trained.parameters()),
     }
     step = cli.trainer.max_steps
     cli.tracking.log_metrics(once, step=step)
@@ -98,13 +98,13 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
     return json.loads(folder.summary_file.read_text())
 
 
-def sample_text(module: T6Module, data: TokenData, half: bool) -> tuple[KVCache, str, float]:
+def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, float]:
     """Continue the opening of a validation document of each domain up to the full context.
 
     Returns:
         the cache that generation used, the text, and the decoded tokens per second.
     """
-    net, device = module.net.eval(), module.device
+    net, device = net.eval(), net.embedding.weight.device
     prompts: dict[int, torch.Tensor] = {}
     for batch in data.val_dataloader():
         if len(prompts) == len(data.domains):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 import yaml
 
-from t6_lightning import checkpoint_files, environment, report
+from t6_lightning import checkpoint_files, environment, parallel, ranks, report
 from t6_lightning.callbacks.checkpoints import Interrupted
-from t6_lightning.callbacks.monitor import NonFiniteLoss
+from t6_lightning.callbacks.spikes import Diverged
 from t6_lightning.checkpoint_files import CheckpointError
 from t6_lightning.cli import T6CLI
 from t6_lightning.console import console
@@ -29,8 +30,34 @@ def fit(cli: T6CLI) -> int:
     if cli.config.dry_run:
         device, half = cli.trainer.strategy.root_device, cli.trainer.precision == "bf16-mixed"
         dtype = torch.bfloat16 if half else torch.float32
-        report.print_plan(plan, measure_matrix_rate(device, dtype, cli.model.config.d_model))
+        if ranks.is_first():
+            report.print_plan(plan, measure_matrix_rate(device, dtype, cli.model.config.d_model))
         return 0
+    return parallel.on_every_rank(cli.trainer, cli.model, lambda: _fit(cli, plan))
+
+
+def _fit(cli: T6CLI, plan: Plan) -> int:
+    # What can be wrong shows here, on rank 0 and before the run exists anywhere.
+    where = ranks.first(lambda: _prepare(cli, plan))
+    if where is None:
+        return 0
+    name, checkpoint = where
+    folder = RunFolder(name)
+    if cli.config.init_from:
+        cli.model.initial_weights = _weights(cli, Path(cli.config.init_from))
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(folder.locked())
+
+        ranks.first(hold)
+        if ranks.is_first():
+            _announce(cli, folder, checkpoint, plan)
+        return _train(cli, folder, checkpoint)
+
+
+def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
+    """The run's name and the checkpoint to go on from; None when there is nothing left to do."""
     folder, checkpoint = _where_to_go_on(cli)
     if checkpoint is not None:
         _refuse_other_architecture(cli, checkpoint)
@@ -41,32 +68,32 @@ def fit(cli: T6CLI) -> int:
         if folder.record.get("status") == "finished" and _step_of(checkpoint) == cli.trainer.max_steps:
             console.print(f"run {folder.name} is finished already")
             report.print_summary(folder, report.read_summary(folder))
-            return 0
+            return None
     if cli.config.init_from:
-        cli.model.initial_weights = _weights(cli, Path(cli.config.init_from))
+        _weights(cli, Path(cli.config.init_from))
     plan.check_disk()
-
-    # Everything that can be wrong with the data shows here, before the run exists anywhere.
     cli.datamodule.prepare_data()
     cli.model.check_tokenizer(cli.datamodule)
-
     cli.tracking.connect()
-    with folder.locked():
-        _announce(cli, folder, checkpoint, plan)
-        return _train(cli, folder, checkpoint)
+    return folder.name, checkpoint
 
 
-def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
+def _open(cli: T6CLI, folder: RunFolder) -> None:
+    """Write what the folder and the tracking store say of a run before it trains."""
     folder.create(cli.config_yaml)
     started = folder.record.get("started") or datetime.now(UTC).isoformat()
     folder.update_record(status="running", started=started)
-    cli.checkpoints.run_folder = folder
     tracking = cli.tracking
     tracking.start(folder, _tags(cli))
     tracking.log_hyperparams(_hyperparameters(cli))
     tracking.log_artifact(folder.config_file)
     tracking.log_artifact(environment.write(folder.path / "environment.json"))
     tracking.log_artifact(report.write_data_summary(cli.datamodule, folder))
+
+
+def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
+    ranks.first(lambda: _open(cli, folder))
+    cli.checkpoints.run_folder = folder
     status, mlflow_status, code = "failed", "FAILED", 1
     try:
         if checkpoint is not None and _step_of(checkpoint) == cli.trainer.max_steps:
@@ -74,26 +101,36 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
             cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False)
         else:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
-        summary = report.finish(cli, folder)
-        report.print_summary(folder, summary)
+        net = parallel.whole_model(cli.model.net)
+        if net is not None and ranks.is_first():
+            report.print_summary(folder, report.finish(cli, folder, net))
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
         code = _after_signal(cli, folder, error.signum)
-    except NonFiniteLoss as error:
-        last = folder.last_checkpoint()
-        print(
-            f"error: {error}: the run stops. Last good checkpoint: {last or 'none yet'}. "
-            "Try a lower model.optimizer.lr, a longer warm-up, a lower trainer.gradient_clip_val, "
-            f"or --seed_everything other than {cli.config.seed_everything}.",
-            file=sys.stderr,
-        )
+    except Diverged as error:
+        if ranks.is_first():
+            _explain_divergence(cli, folder, error)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
+    except ranks.FirstRankFailed:
+        pass  # rank 0 says it
     finally:
-        folder.update_record(status=status)
-        tracking.close(mlflow_status)
+        if ranks.is_first():
+            folder.update_record(status=status)
+            cli.tracking.close(mlflow_status)
+    ranks.barrier()  # a launcher ends the others when one has left
     return code
+
+
+def _explain_divergence(cli: T6CLI, folder: RunFolder, error: Diverged) -> None:
+    last = folder.last_checkpoint()
+    print(
+        f"error: {error}: the run stops. Last good checkpoint: {last or 'none yet'}. "
+        "Try a lower model.optimizer.lr, a longer warm-up, a lower trainer.gradient_clip_val, "
+        f"or --seed_everything other than {cli.config.seed_everything}.",
+        file=sys.stderr,
+    )
 
 
 def _where_to_go_on(cli: T6CLI) -> tuple[RunFolder, Path | None]:
@@ -128,10 +165,18 @@ def _changes(folder: RunFolder, cli: T6CLI) -> list[str]:
         return []
     before = dict(_leaves(yaml.safe_load(folder.config_file.read_text())))
     now = dict(_leaves(yaml.safe_load(cli.config_yaml)))
-    # Where a run is logged is no part of what it computes.
-    names = [name for name in sorted(before | now) if not name.startswith("tracking.")]
+    names = [name for name in sorted(before | now) if not name.startswith(NO_PART_OF_WHAT_IS_COMPUTED)]
     names = [name for name in names if before.get(name) != now.get(name)]
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+NO_PART_OF_WHAT_IS_COMPUTED = (
+    *("tracking.", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("data.init_args.num_workers", "data.init_args.batch_size", "checkpoints.keep"),
+    *("checkpoints.asynchronous", "checkpoints.sharded"),
+    *("model.recompute", "model.compile"),
+)
+"""Where a run is logged, and over what it is spread: tokens per step are a setting of their own."""
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -141,13 +186,13 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
-def _refuse_other_architecture(cli: T6CLI, checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint of this very architecture.
+def _refuse_other_architecture(cli: T6CLI, checkpoint: Path, whole: bool = False) -> dict[str, Any]:
+    """Load a checkpoint of this very architecture; `whole` as in `checkpoint_files.load`.
 
     Raises:
         BadInput: it is damaged or another model's.
     """
-    state = checkpoint_files.load(checkpoint)
+    state = checkpoint_files.load(checkpoint, whole)
     there = dict(_leaves(state["hyper_parameters"]["net"]))
     here = dict(_leaves(cli.model.config.to_dict()))
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
@@ -163,23 +208,24 @@ def _refuse_other_architecture(cli: T6CLI, checkpoint: Path) -> dict[str, Any]:
 
 
 def _weights(cli: T6CLI, checkpoint: Path) -> dict[str, torch.Tensor]:
-    require(checkpoint.is_file(), "--init_from", str(checkpoint), "there is no such file")
-    state = _refuse_other_architecture(cli, checkpoint)["state_dict"]
+    require(checkpoint.exists(), "--init_from", str(checkpoint), "there is no such file")
+    state = _refuse_other_architecture(cli, checkpoint, whole=True)["state_dict"]
     return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint_files.load(checkpoint)["global_step"])
+    return int(checkpoint_files.load(checkpoint, whole=False)["global_step"])
 
 
 def _after_signal(cli: T6CLI, folder: RunFolder, signum: int) -> int:
     name = signal.Signals(signum).name
     again = cli.config.run is not None or cli.config.ckpt_path == "last"
     how = "the same command" if again else f"python -m t6_lightning fit --ckpt_path last --run {folder.name}"
-    print(
-        f"stopped by {name} after a checkpoint at step {cli.trainer.global_step}: go on with {how}",
-        file=sys.stderr,
-    )
+    if ranks.is_first():
+        print(
+            f"stopped by {name} after a checkpoint at step {cli.trainer.global_step}: go on with {how}",
+            file=sys.stderr,
+        )
     return 75 if again else 128 + signum
 
 
@@ -206,6 +252,7 @@ def _hyperparameters(cli: T6CLI) -> dict[str, Any]:
     derived = {
         "n_parameters": cli.model.config.n_parameters(),
         "tokens_per_step": cli.cadence.tokens_per_step,
+        "ranks": cli.trainer.world_size,
     }
     return yaml.safe_load(cli.config_yaml) | derived
 
@@ -219,16 +266,16 @@ def _announce(cli: T6CLI, folder: RunFolder, checkpoint: Path | None, plan: Plan
 
 def validate(cli: T6CLI) -> int:
     """Print the checkpoint's figures on the validation data."""
-    return _evaluate(cli, cli.trainer.validate)
+    return parallel.on_every_rank(cli.trainer, cli.model, lambda: _evaluate(cli, cli.trainer.validate))
 
 
 def test(cli: T6CLI) -> int:
     """As `validate`, through Lightning's test loop."""
-    return _evaluate(cli, cli.trainer.test)
+    return parallel.on_every_rank(cli.trainer, cli.model, lambda: _evaluate(cli, cli.trainer.test))
 
 
 def _evaluate(cli: T6CLI, loop: Any) -> int:
-    checkpoint = _required_checkpoint(cli)
+    checkpoint = ranks.first(lambda: _required_checkpoint(cli))
     loop(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
     report.print_figures(str(checkpoint), cli.model.figures)
     return 0
@@ -236,8 +283,14 @@ def _evaluate(cli: T6CLI, loop: Any) -> int:
 
 def predict(cli: T6CLI) -> int:
     """Write the loss of every validation token to predictions.npz beside the checkpoint's run, or here."""
-    checkpoint = _required_checkpoint(cli)
+    return parallel.on_every_rank(cli.trainer, cli.model, lambda: _predict(cli))
+
+
+def _predict(cli: T6CLI) -> int:
+    checkpoint = ranks.first(lambda: _required_checkpoint(cli))
     batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    if not ranks.is_first():
+        return 0  # every rank has predicted everything: a file is written once
     arrays: dict[str, Any] = {name: torch.cat([b[name] for b in batches]).numpy() for name in batches[0]}
     run = run_of(checkpoint)
     file = (run.path if run else Path.cwd()) / "predictions.npz"

@@ -102,7 +102,7 @@ def resolve_checkpoint(ckpt_path: str, run: str | None) -> Path:
     """
     if ckpt_path != "last":
         require(
-            Path(ckpt_path).is_file(), "--ckpt_path", ckpt_path, "no such file; give a checkpoint or `last`"
+            Path(ckpt_path).exists(), "--ckpt_path", ckpt_path, "no such file; give a checkpoint or `last`"
         )
         return Path(ckpt_path).absolute()
     folder = RunFolder(run) if run else newest_run()

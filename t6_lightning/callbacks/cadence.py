@@ -64,6 +64,21 @@ class Cadence(pl.Callback):
         trainer.check_val_every_n_epoch = None
         trainer.val_check_interval = self.steps(self.validate_every_tokens) * trainer.accumulate_grad_batches
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the micro-batches before the checkpoint as if there had always been as many to a step as now.
+
+        Lightning tells by their number when a step ends and when validation comes.
+        """
+        if "loops" not in checkpoint or trainer.state.fn != "fit":
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        more = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["current"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            for name in counts:
+                counts[name] += more
+
     def validation_due(self, trainer: pl.Trainer) -> bool:
         """Whether validation follows the optimizer step just taken."""
         step = trainer.global_step

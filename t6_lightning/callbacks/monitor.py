@@ -9,19 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from torchmetrics import MeanMetric
 
+from t6_lightning import ranks
 from t6_lightning.callbacks.cadence import Cadence, stepped
+from t6_lightning.callbacks.spikes import Diverged, SpikeGuard
 from t6_lightning.module import T6Module
 from t6_lightning.tracking import MLflowTracking
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient stopped being a number."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss or gradient is not finite at step {step}")
-        self.step = step
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -37,23 +30,25 @@ class Monitor(pl.Callback):
     Speed counts training alone: validation, checkpoints and what comes before the first step are left out.
     """
 
-    def __init__(self, cadence: Cadence, tracking: MLflowTracking) -> None:
+    def __init__(self, cadence: Cadence, guard: SpikeGuard, tracking: MLflowTracking) -> None:
         self.cadence = cadence
+        self.guard = guard
         self.tracking = tracking
         self.latest: dict[str, float] = {}
-        self.loss = MeanMetric()
+        self.sums = torch.zeros(2, dtype=torch.float64)
+        """Nats and counted tokens, over all ranks, since the last logged step."""
         self._seconds = 0.0
         self._started: float | None = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The losses since the last logged step: a checkpoint may lie between two logged steps."""
-        return {"sum": self.loss.mean_value.cpu(), "weight": self.loss.weight.cpu()}  # pyright: ignore
+        return {"sums": self.sums.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss.mean_value, self.loss.weight = state_dict["sum"], state_dict["weight"]
+        self.sums = state_dict["sums"].clone()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.loss.to(pl_module.device)
+        self.sums = self.sums.to(pl_module.device)
         self._first_bad_step = torch.full((), -1, device=pl_module.device)
         self._tokens = 0
 
@@ -67,38 +62,36 @@ class Monitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, T6Module)
-        # Lightning hands over the loss divided by the accumulation.
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self.loss.update(loss)
         self._tokens += batch["tokens"].numel() * trainer.world_size
-        finite = loss.isfinite()
-        if stepped(trainer, batch_idx):
-            finite = finite & pl_module.grad_norm.to(loss.device).isfinite()
-        # Noted on the device, read only where the device is waited for anyway.
-        unseen = self._first_bad_step < 0
-        self._first_bad_step = torch.where(unseen & ~finite, trainer.global_step, self._first_bad_step)
         if not stepped(trainer, batch_idx):
             return
         step = trainer.global_step
+        if not self.guard.refused:
+            self.sums = self.sums + pl_module.step_sums
+            finite = pl_module.step_loss.isfinite() & pl_module.grad_norm.isfinite()
+            # Noted on the device, read only where the device is waited for anyway.
+            unseen = self._first_bad_step < 0
+            self._first_bad_step = torch.where(unseen & ~finite, step, self._first_bad_step)
         if step % self.cadence.log_every_steps == 0 or step in (1, trainer.max_steps):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: pl.Trainer, module: T6Module) -> None:
         self.check_finite()
-        loss = float(self.loss.compute())
-        self.loss.reset()
+        nats, counted = self.sums.tolist()
+        self.sums = torch.zeros_like(self.sums)
         self._pause_clock(module)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         factor = module.schedule.factor(trainer.global_step - 1, trainer.max_steps)
         speed = self._tokens / self._seconds
         self.latest = {
-            "train/loss": loss,
+            "train/loss": nats / counted if counted else float("nan"),  # nan: every step was refused
             "perf/tokens_per_second": speed,
-            "perf/peak_memory_bytes": peak_memory_bytes(module.device),
+            "perf/peak_memory_bytes": ranks.largest(peak_memory_bytes(module.device)),
             "optim/lr": module.optimizer_config.lr * factor,
             "optim/grad_norm": float(module.grad_norm),
             "data/tokens": data.samples * data.context,
         }
+        self.latest |= self.guard.figures()
         half = trainer.precision in ("bf16-mixed", "bf16-true")
         peak = get_available_flops(module.device, torch.bfloat16 if half else torch.float32)
         if peak:
@@ -110,11 +103,11 @@ class Monitor(pl.Callback):
         """Stop at a loss or gradient that was not finite.
 
         Raises:
-            NonFiniteLoss: with the first such step.
+            Diverged: with the first such step.
         """
         bad = int(self._first_bad_step)
         if bad >= 0:
-            raise NonFiniteLoss(bad)
+            raise Diverged(f"the loss or gradient is not finite at step {bad}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":

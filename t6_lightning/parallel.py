@@ -1,0 +1,290 @@
+"""Several devices: how ranks are started, how a model is spread over them, how its state is put together again.
+
+The model knows nothing of this. DDP is Lightning's; FSDP2 is PyTorch's `fully_shard` inside Lightning's
+model-parallel strategy. Checkpoints hold whole tensors in the order of one device, so that any strategy on any
+number of ranks goes on from them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from t6_lightning import checkpoint_files, checkpoint_shards, ranks
+from t6_lightning.checkpoint_shards import Pieces
+from t6_lightning.console import console
+from t6_lightning.errors import BadInput, require
+from t6_lightning.model.t6 import T6
+
+SECONDS_TO_LEAVE = 60
+"""How long the first process waits for the others that it started."""
+
+
+# --- ranks ---
+
+
+def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Callable[[], int]) -> int:
+    """Start the other ranks of this node, unless torchrun or SLURM did, and run `program` on each.
+
+    The whole command runs on every rank, not Lightning's loop alone, so that what rank 0 decides (the run's
+    name, the checkpoint) can be told to the others before anything is spent.
+
+    Returns:
+        the exit code; of ranks that Lightning's launcher started always 0, because it takes any other for a crash.
+    """
+    if trainer.world_size == 1:
+        return program()
+    strategy = trainer.strategy
+    launcher: Any = strategy.launcher
+    environment: Any = getattr(strategy, "cluster_environment", None)
+    is_child = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
+
+    def connected_program() -> int:
+        strategy.connect(module)
+        strategy.setup_environment()
+        console.quiet = not ranks.is_first()
+        return program()
+
+    try:
+        code = (
+            connected_program() if launcher is None else launcher.launch(connected_program, trainer=trainer)
+        )
+    except ranks.FirstRankFailed:
+        return 0 if is_child else 1
+    except BaseException:
+        _end(getattr(launcher, "procs", []), patience=5)
+        raise
+    _end(getattr(launcher, "procs", []), patience=SECONDS_TO_LEAVE)
+    return 0 if is_child else code
+
+
+def _end(processes: list[subprocess.Popen[Any]], patience: float) -> None:
+    """Wait for processes to leave by themselves; one that hangs in a collective is killed."""
+    for process in processes:
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def started_from_outside() -> tuple[int, int] | None:
+    """(processes per node, nodes) that torchrun or srun started; None when neither did."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return per_node, int(os.environ["WORLD_SIZE"]) // per_node
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return None
+
+
+def follow_launcher(trainer: Any) -> None:
+    """Set the trainer's devices and nodes to the processes that torchrun or srun started.
+
+    Raises:
+        BadInput: other numbers were asked for.
+    """
+    started = started_from_outside()
+    if started is None:
+        return
+    for name, unset, number in (("devices", "auto", started[0]), ("num_nodes", 1, started[1])):
+        given = trainer[name]
+        fits = given in (unset, number, str(number))
+        require(fits, f"trainer.{name}", given, f"the launcher started {number}; leave it out")
+        trainer[name] = number
+
+
+# --- FSDP2 ---
+
+
+def shard(net: T6, mesh: DeviceMesh) -> None:
+    """Spread the parameters over a mesh of one dimension: each block gathers its own, runs, and lets go of them."""
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    # Embedding and output matrix stay gathered from the forward to the backward pass.
+    fully_shard(net, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(net, "token_losses")
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether the parameters are spread over ranks."""
+    return isinstance(net, FSDPModule)
+
+
+def whole(value: Any) -> Any:
+    """A spread tensor put together on the CPU of rank 0 (None elsewhere); anything else as it is.
+
+    Every rank must ask, in the same order.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor().detach()
+    return full.cpu() if ranks.is_first() else None
+
+
+def spread(value: Any, like: torch.Tensor) -> Any:
+    """The same of a whole tensor as this rank holds of `like`; scalars, and where nothing is spread, as it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value.whole() if isinstance(value, Pieces) else value
+    if isinstance(value, Pieces):
+        # Sharding deals rows as torch.chunk does.
+        each = -(-len(like) // like.device_mesh.size())
+        first = min(each * like.device_mesh.get_local_rank(), len(like))
+        rows = value.rows(first, min(first + each, len(like))).to(like.device)
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+    # Every rank has the whole tensor, in memory mapped from the file, and takes its part: nothing is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to(
+        value.dtype
+    )
+
+
+def whole_model(net: T6) -> T6 | None:
+    """The model for use on one device: the same one unless it is spread, else a copy on rank 0 (None elsewhere)."""
+    if not is_sharded(net):
+        return net
+    state = {name: whole(value) for name, value in net.state_dict().items()}
+    if not ranks.is_first():
+        return None
+    device, dtype = net.embedding.weight.device, net.embedding.weight.dtype
+    with torch.random.fork_rng(devices=[]):
+        copied = T6(net.config).to(dtype)
+    copied.load_state_dict(state)
+    return copied.to(device)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """`--trainer.strategy fsdp2`: parameters, gradients and optimizer spread over all ranks.
+
+    Lightning's strategy with one mesh dimension in use; the model has no plan for tensor parallelism. It saves
+    through the same checkpoint files as every other strategy.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
+        self.writes_shards = False
+
+    def setup_environment(self) -> None:
+        if self._device_mesh is not None:
+            return  # `on_every_rank` came first
+        self._data_parallel_size = self.world_size
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        # Gradients are added up in shards, micro-batch by micro-batch: whole ones would not fit.
+        yield
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        return state if self.writes_shards else {name: whole(value) for name, value in state.items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state = optimizer.state_dict()
+        if self.writes_shards:
+            return state
+        moments = {
+            index: {name: whole(value) for name, value in of_one.items()}
+            for index, of_one in state["state"].items()
+        }
+        return {"state": moments, "param_groups": state["param_groups"]}
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
+        if not self.writes_shards:
+            return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        rest, spread_values = checkpoint_shards.split(checkpoint, lambda value: isinstance(value, DTensor))
+        mine = {name: value.to_local().detach().cpu() for name, value in spread_values.items()}
+        # A row range of a larger storage would be saved with all of it.
+        mine = {name: value.clone() if value.is_contiguous() else value for name, value in mine.items()}
+        checkpoint_files.save_shards(rest, mine, filepath, self.global_rank, self.world_size)
+        return None
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return checkpoint_files.load(checkpoint_path, whole=False)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        parts = {
+            name: spread(value, own[name]) if name in own else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(parts, strict=strict)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [i for group in state["param_groups"] for i in group["params"]]
+            moments = {
+                i: {name: spread(value, parameter) for name, value in state["state"].get(i, {}).items()}
+                for i, parameter in zip(numbers, parameters, strict=True)
+            }
+            optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+
+
+StrategyRegistry.register("fsdp2", ShardedStrategy, "FSDP2: parameters, gradients and optimizer in shards")
+
+
+def build_trainer(
+    build: Callable[[dict[str, Any]], pl.Trainer], config: dict[str, Any], shards: bool
+) -> pl.Trainer:
+    """Lightning's trainer with our strategy in place of its model-parallel one.
+
+    Args:
+        build: makes the trainer of its arguments.
+        config: those arguments.
+        shards: checkpoints are to be folders of shards.
+
+    Raises:
+        BadInput: a strategy or devices that are not there, tensor parallelism, or shards of a model that is not spread.
+    """
+    asked = config["strategy"]
+    if isinstance(asked, ModelParallelStrategy):
+        require(
+            asked._tensor_parallel_size in ("auto", 1),
+            "trainer.strategy.tensor_parallel_size",
+            asked._tensor_parallel_size,
+            "the model is spread by parameters alone; leave it out",
+        )
+        config = config | {"strategy": "fsdp2"}  # by name: Lightning's object refuses float64
+    try:
+        trainer = build(config)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
+    strategy = trainer.strategy
+    is_spread = isinstance(strategy, ShardedStrategy)
+    require(is_spread or not shards, "checkpoints.sharded", shards, "it needs --trainer.strategy fsdp2")
+    if is_spread:
+        strategy.writes_shards = shards
+        if isinstance(asked, ModelParallelStrategy):
+            strategy._process_group_backend, strategy._timeout = asked._process_group_backend, asked._timeout
+    return trainer
+
+
+def restore_weights(trainer: pl.Trainer, checkpoint: Path) -> None:
+    """Put weights and optimizer of a checkpoint in place of the present ones, on every rank; nothing else."""
+    state = trainer.strategy.load_checkpoint(checkpoint)
+    trainer.strategy.load_model_state_dict(state)
+    trainer.strategy.load_optimizer_state_dict(state)

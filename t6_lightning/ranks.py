@@ -1,0 +1,83 @@
+"""What the processes of one run tell each other; with one process nothing is sent and nothing is paid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from t6_lightning.errors import BadInput
+
+Result = TypeVar("Result")
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+"""Where torchrun, Lightning's launcher and SLURM say who a process is, before any group exists."""
+
+
+class FirstRankFailed(BadInput):
+    """Rank 0 failed and has said why: the others end quietly."""
+
+
+def connected() -> bool:
+    """Whether this process is one of several that have found each other."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which alone prints, logs and writes."""
+    if connected():
+        return distributed.get_rank() == 0
+    named = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return not named or int(named[0]) == 0
+
+
+def total(sums: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks, on its device, without waiting for it."""
+    if connected():
+        distributed.all_reduce(sums)
+    return sums
+
+
+def largest(value: float) -> float:
+    """The largest of the ranks' values. Waits for the device."""
+    if not connected():
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=device())
+    distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return float(values)
+
+
+def device() -> torch.device:
+    """Where small tensors must lie to be sent."""
+    on_gpu = connected() and distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if connected():
+        of_gpu = distributed.get_backend() == "nccl"
+        distributed.barrier(device_ids=[torch.cuda.current_device()] if of_gpu else None)
+
+
+def first(function: Callable[[], Result]) -> Result:
+    """Call on rank 0 and give what it returns to every rank; it must be picklable.
+
+    Raises:
+        FirstRankFailed: on the other ranks, whatever it raised on rank 0, where that goes on its way.
+    """
+    if not connected():
+        return function()
+    said: list[Any] = [None, False]
+    try:
+        if distributed.get_rank() == 0:
+            said = [function(), True]
+    finally:
+        distributed.broadcast_object_list(said, src=0)
+    result, done = said
+    if not done:
+        raise FirstRankFailed("rank 0 failed")
+    return result
