@@ -84,14 +84,10 @@ def print_counts(data: "TokenData") -> None:
 
 
 def print_samples(data: "TokenData", number: int) -> None:
-    corpus = data.corpus
-    for document in corpus.training_documents[:: max(1, len(corpus.training_documents) // max(1, number))][
-        :number
-    ]:
-        ids = corpus.table.tokens(document)
-        text = " ".join(data.tokenizer.decode(ids[:100]).split())
-        size = f"{len(ids):,} tokens, {corpus.table.n_bytes[document]:,} bytes"
-        print(f"\ndocument {document:,}: {size}\n  {text[:300]}")
+    for document in data.example_documents(number):
+        text = " ".join(document.text.split())
+        size = f"{len(data.tokenizer.encode(document.text)):,} tokens, {len(document.text.encode()):,} bytes"
+        print(f"\ndocument {document.key:016x}: {size}\n  {text[:300]}")
 
 
 def print_throughput(options: argparse.Namespace) -> None:
@@ -115,10 +111,8 @@ def _pack_one_epoch(data: "TokenData") -> int:
     """Read all training windows of one epoch; returns their tokens."""
     from datamodules.packing import TrainingWindows
 
-    corpus = data.corpus
-    windows = TrainingWindows(
-        corpus.table, corpus.training_documents, data.tokenizer, data.context, data.seed
-    )
+    (windows,) = data.training_windows(data.validation_keys()).values()
+    assert isinstance(windows, TrainingWindows)
     batches = windows.per_epoch // data.batch_size
     return sum(windows.batch(i * data.batch_size, data.batch_size)["tokens"].numel() for i in range(batches))
 

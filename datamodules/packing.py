@@ -6,7 +6,9 @@ context): the first T are inputs, the last T targets, so each position but the f
 Shapes: B sequences, T tokens.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +24,11 @@ MIXED = -1
 """Domain of a training row, which may hold documents of several."""
 
 Batch = dict[str, torch.Tensor]
+
+Mark = tuple[int, int, int, int, int]
+"""Where a lane of a stream goes on; see `lanes`."""
+LaneMark = tuple[int, int, int, int, int, int]
+"""(lane, *mark)"""
 
 
 class TokenStream:
@@ -60,6 +67,26 @@ class TokenStream:
             np.take(self.token_bytes, tokens, out=n_bytes)
 
 
+class WindowReader(Protocol):
+    """Reads the windows of one endless sequence, mostly in rising order."""
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        """Begin to fetch what these windows need."""
+        ...
+
+    def read(self, rows: "Rows", row: int, window: int) -> LaneMark | None:
+        """Fill a row; returns (lane, where it goes on), None where nothing need be remembered."""
+        ...
+
+
+class Windows(Protocol):
+    """An endless sequence of training windows; its `reader` begins quickly at the marks of an earlier one."""
+
+    def reader(self, marks: Mapping[int, Mark]) -> WindowReader:
+        """`marks`: lane -> where one of its windows begins."""
+        ...
+
+
 class TrainingWindows:
     """The endless sequence of training windows: window number `sample` is a function of (seed, sample) alone.
 
@@ -93,13 +120,22 @@ class TrainingWindows:
         self.__dict__.update(state)
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
+    def reader(self, marks: Mapping[int, Mark]) -> "TrainingWindows":
+        return self
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        pass
+
+    def read(self, rows: "Rows", row: int, window: int) -> None:
+        epoch, index = divmod(window, self.per_epoch)
+        stream, windows = self._epoch(epoch)
+        rows.read(row, stream, int(windows[index]) * self.context)
+
     def batch(self, first: int, size: int) -> Batch:
         """Samples first .. first + size - 1 of the endless sequence."""
-        rows = _Rows(size, self.context)
+        rows = Rows(size, self.context)
         for row, sample in enumerate(range(first, first + size)):
-            epoch, index = divmod(sample, self.per_epoch)
-            stream, windows = self._epoch(epoch)
-            rows.read(row, stream, int(windows[index]) * self.context)
+            self.read(rows, row, sample)
         return rows.batch(np.full(size, MIXED), np.arange(first, first + size))
 
 
@@ -114,9 +150,23 @@ class ValidationWindows:
         self, table: DocumentTable, documents: dict[str, np.ndarray], tokenizer: Tokenizer, context: int
     ):
         self.context = context
-        self.streams = [
-            TokenStream(table, chosen, tokenizer.eot, _per_token(tokenizer)) for chosen in documents.values()
-        ]
+        self.tokenizer = tokenizer
+        self._cut(
+            [
+                TokenStream(table, chosen, tokenizer.eot, _per_token(tokenizer))
+                for chosen in documents.values()
+            ]
+        )
+
+    def followed_by(self, other: "ValidationWindows") -> "ValidationWindows":
+        """The windows of both; the other's domains are numbered behind these."""
+        both = ValidationWindows.__new__(ValidationWindows)
+        both.context, both.tokenizer = self.context, self.tokenizer
+        both._cut([*self.streams, *other.streams])
+        return both
+
+    def _cut(self, streams: list[TokenStream]) -> None:
+        context, self.streams = self.context, streams
         counts = [-(-(stream.length - 1) // context) for stream in self.streams]
         self.domain = np.repeat(np.arange(len(counts)), counts)
         """Domain of each window."""
@@ -129,13 +179,13 @@ class ValidationWindows:
     def batch(self, first: int, size: int) -> Batch:
         """Windows first .. first + size - 1, fewer at the end."""
         samples = np.arange(first, min(first + size, len(self)))
-        rows = _Rows(len(samples), self.context)
+        rows = Rows(len(samples), self.context)
         for row, sample in enumerate(samples):
             rows.read(row, self.streams[self.domain[sample]], int(self.start[sample]))
         return rows.batch(self.domain[samples], samples)
 
 
-class _Rows:
+class Rows:
     """B windows while they are read."""
 
     def __init__(self, size: int, context: int):
@@ -144,6 +194,11 @@ class _Rows:
         self.opened = np.zeros(shape, dtype=bool)
         self.n_bytes = np.zeros(shape, dtype=np.int64)
         self.filled = np.zeros(size, dtype=np.int64)
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays (T + 1,) of a row that will be filled whole: ids, whether they open a document, bytes."""
+        self.filled[row] = self.tokens.shape[1]
+        return self.tokens[row], self.opened[row], self.n_bytes[row]
 
     def read(self, row: int, stream: TokenStream, start: int) -> None:
         n = self.filled[row] = min(self.tokens.shape[1], stream.length - start)
