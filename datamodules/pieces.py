@@ -5,20 +5,24 @@ Of a parquet file a piece is a row group, so that any depth costs one footer and
 (P = LINES_BYTES): what lies before it must be decompressed once to get there, at most the file.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from datamodules.documents import Document, Source, hash64
 from datamodules.errors import BadData, first_line
 from datamodules.home import t6_home, write_atomically
-from datamodules.stores import Store, StoredFile, count_fault
+from datamodules.stores import LOCAL, Store, StoredFile, count_fault
 from datamodules.token_cache import PieceCache, Shard
 
 if TYPE_CHECKING:
@@ -86,9 +90,8 @@ class Pieces:
     def n_pieces(self, file: int) -> int | None:
         """How many pieces a file has; None for lines that nobody has read to the end yet."""
         if file not in self._counts:
-            kept = self._count_file(file)
             try:
-                self._counts[file] = int(kept.read_text())
+                self._counts[file] = int(self._kept("counts", file).read_text())
             except (OSError, ValueError):
                 if not self.is_parquet(file):
                     return None
@@ -152,15 +155,25 @@ class Pieces:
                 raise BadData(f"{self._place(file, piece)}: {first_line(error)}.") from error
 
     def _read_footer(self, file: int) -> "pq.FileMetaData":
+        """Footers of remote files are kept on disk for all processes: they are large and asked for often."""
         import pyarrow.parquet as pq
 
-        with _RangeFile(self.store, self.files[file]) as opened:
+        kept = self._kept("footers", file)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_name(f"{kept.name[:2]}.lock")):
+            with contextlib.suppress(Exception):  # not there, or damaged
+                return pq.read_metadata(kept)
             try:
-                return pq.read_metadata(opened)
+                with _RangeFile(self.store, self.files[file]) as opened:
+                    footer = pq.read_metadata(opened)
             except BadData:
                 raise
             except Exception as error:  # pyarrow's own
                 raise BadData(f"{self._place(file)}: {first_line(error)}.") from error
+            if self.store.revision != LOCAL:
+                footer.write_metadata_file(str(beside := kept.with_suffix(f".tmp-{os.getpid()}")))
+                os.replace(beside, kept)
+            return footer
 
     def _line_rows(self, file: int, piece: int) -> Iterator[tuple[Any, Any]]:
         if file not in self._lines or self._lines[file].next > piece:
@@ -201,13 +214,13 @@ class Pieces:
         place = f"{self.store.name} {stored.path} {stored.size} {stored.content}"
         return f"{RECIPE} {place} {piece} {self.text_field} {self.domain_field or '=' + self.domain} {LINES_BYTES}"
 
-    def _count_file(self, file: int) -> Path:
-        key = hashlib.sha256(self._identity(file, "count").encode()).hexdigest()[:32]
-        return t6_home() / "tokens" / "counts" / key
+    def _kept(self, kind: str, file: int) -> Path:
+        key = hashlib.sha256(self._identity(file, kind).encode()).hexdigest()[:32]
+        return t6_home() / "tokens" / kind / key
 
     def _note_count(self, file: int, count: int) -> None:
         self._counts[file] = count
-        write_atomically(self._count_file(file), f"{count}\n")
+        write_atomically(self._kept("counts", file), f"{count}\n")
 
 
 class _End(Exception):

@@ -38,6 +38,10 @@ def count_fault(kind: str, where: str) -> None:
         log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
 
 
+LOCAL = "local"
+"""The revision of a folder."""
+
+
 class StoredFile(NamedTuple):
     path: str
     """Relative to the store, with /."""
@@ -51,7 +55,7 @@ class Store(Protocol):
     name: str
     """Repository or folder, for messages."""
     revision: str
-    """Commit on the hub; "local" for a folder."""
+    """Commit on the hub; LOCAL for a folder."""
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
         """The files whose path matches a pattern (* also matches /), sorted by path. Raises BadData."""
@@ -65,7 +69,7 @@ class Store(Protocol):
 class Folder:
     """A local mirror."""
 
-    revision = "local"
+    revision = LOCAL
 
     def __init__(self, path: str):
         self.root = Path(path).expanduser().absolute()
@@ -103,6 +107,8 @@ class Hub:
 
     def __init__(self, repository: str, revision: str = "main", patience: float = PATIENCE_SECONDS):
         self.name, self.patience = repository, patience
+        for library in ("httpx", "httpx2"):  # they log every address, and addresses hold signatures
+            logging.getLogger(library).setLevel(logging.WARNING)
         self.folder = t6_home() / "hub" / repository.replace("/", "--")
         self.revision = revision if _is_commit(revision) else self._pinned(revision)
 
@@ -175,7 +181,10 @@ class Hub:
         listed = []
         page = f"/tree/{self.revision}{'/' + folder if folder else ''}?recursive=true"
         while page:
-            entries, page = self._json(page)
+            try:
+                entries, page = self._json(page)
+            except _NotThere:  # the revision has no such folder
+                break
             for entry in entries:
                 if entry["type"] == "file":
                     lfs = entry.get("lfs") or {}
@@ -245,7 +254,7 @@ class Hub:
         if isinstance(error, errors.RevisionNotFoundError):
             raise BadData(f"revision: {self.name!r} has none of that name.") from None
         if isinstance(error, errors.EntryNotFoundError):
-            raise BadData(f"{what} is not in revision {self.revision} of the repository.") from None
+            raise _NotThere(f"{what} is not in revision {self.revision} of the repository.") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 and get_token() is not None:
             raise BadData(
@@ -273,6 +282,10 @@ class Hub:
         if name in ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError"):
             raise BadData(f"HF_ENDPOINT: {self.endpoint!r} cannot be asked: {first_line(error)}.") from None
         return "the connection to the hub is dropped or refused"
+
+
+class _NotThere(BadData):
+    """The revision has no such file or folder."""
 
 
 class _Faulty(Exception):

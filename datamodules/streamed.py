@@ -21,7 +21,7 @@ from datamodules.home import t6_home, write_atomically
 from datamodules.lanes import Lanes
 from datamodules.packing import ValidationWindows, Windows
 from datamodules.pieces import Pieces, readable
-from datamodules.stores import PATIENCE_SECONDS, Store, StoredFile, open_store
+from datamodules.stores import LOCAL, PATIENCE_SECONDS, Store, StoredFile, open_store
 from datamodules.token_cache import PieceCache, Shard
 from datamodules.tokenizer_loading import TRAINING_BYTES
 
@@ -174,7 +174,7 @@ class StreamedData(TokenData):
 
     def corpus_identity(self) -> str:
         # A local mirror is known by its names and sizes: times of change differ from copy to copy.
-        local = self.store.revision == "local"
+        local = self.store.revision == LOCAL
         files = [
             (file.path, file.size, "" if local else file.content)
             for file in (*self.train_files, *self.val_files)
@@ -243,15 +243,13 @@ class StreamedData(TokenData):
                 "The order of samples keeps the checkpoint's %d lanes, not %d.", state["lanes"], self.lanes
             )
             self.lanes = state["lanes"]
-        if (
-            "local" not in (state["revision"], self.store.revision)
-            and state["revision"] != self.store.revision
-        ):
+        now = self.store.revision
+        if LOCAL not in (state["revision"], now) and state["revision"] != now:
             log.warning(
                 "%s goes on at the checkpoint's revision %s, not %s.",
                 self.repository,
                 state["revision"],
-                self.store.revision,
+                now,
             )
             self.revision = state["revision"]
             for name in ("store", "train_files", "val_files", "validation", "_fingerprint"):

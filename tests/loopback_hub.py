@@ -143,7 +143,11 @@ class _Handler(BaseHTTPRequestHandler):
             entry: dict[str, object] = {"type": "file", "path": path, "size": len(data)}
             entry["oid"] = hashlib.sha1(data).hexdigest()
             if len(data) > 1000:
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {
+                    "oid": hashlib.sha256(data).hexdigest(),
+                    "size": len(data),
+                    "pointerSize": 130,
+                }
             entries.append(entry)
         headers = {}
         if first + self.server.page < len(paths):
