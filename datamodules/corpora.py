@@ -5,11 +5,12 @@ from typing import Any
 from datamodules.documents import Source
 from datamodules.errors import BadData
 from datamodules.indexed import IndexedData
+from datamodules.mixture import Mixture
 from datamodules.python_docs import VAL_FRACTION, standard_library
 from datamodules.streamed import C4, FineWebEdu, Pile
 from datamodules.text_files import TxtDocuments, file_source, find_files
 
-__all__ = ["C4", "FineWebEdu", "Pile", "PythonDocs", "TextFiles"]
+__all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "PythonDocs", "TextFiles"]
 
 
 class PythonDocs(IndexedData):

@@ -123,9 +123,10 @@ def run_ranks(make, world, state, start, steps, store):
     ]
     for process in processes:
         process.start()
-    by_rank = dict(
-        (rank, (batches, state)) for rank, batches, state in (answers.get(timeout=60) for _ in processes)
-    )
+    by_rank = {}
+    for _ in processes:
+        rank, *answer = answers.get(timeout=60)
+        by_rank[rank] = answer
     for process in processes:
         process.join()
     samples, rows = [], []
