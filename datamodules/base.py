@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datamodules import stores
 from datamodules.documents import Document
 from datamodules.errors import BadData
-from datamodules.packing import MIXED, Batch, Mark, Rows, ValidationWindows, Windows
+from datamodules.packing import MIXED, Batch, Mark, Rows, ValidationWindows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -264,6 +264,7 @@ class _TrainingStream(IterableDataset):
         self.windows, self.rank, self.world = list(windows.values()), rank, world
         self.position, self.locate = data._position, data.locate
         self.batch_size, self.context = data.batch_size, data.context
+        self.faults_told = stores.faults.copy()
 
     def __len__(self) -> int:
         return ENDLESS
@@ -276,28 +277,34 @@ class _TrainingStream(IterableDataset):
             for source, windows in enumerate(self.windows)
         ]
         micro_batch, step = _worker()
-        faults_before = stores.faults.copy()
-        while True:
-            first = start + (micro_batch * self.world + self.rank) * self.batch_size
-            places = [self.locate(sample) for sample in range(first, first + self.batch_size)]
-            for source, reader in enumerate(readers):
-                reader.prepare([window for number, window in places if number == source])
-            rows = Rows(self.batch_size, self.context)
-            seen = [
-                (source, readers[source].read(rows, row, window))
-                for row, (source, window) in enumerate(places)
-            ]
-            samples = np.arange(first, first + self.batch_size)
-            batch: dict[str, Any] = rows.batch(np.full(self.batch_size, MIXED), samples)
-            if any(lane is not None for _, lane in seen):
-                nothing = (-1,) * 7
-                marked = [nothing if lane is None else (source, *lane) for source, lane in seen]
-                batch["marks"] = torch.tensor(marked)
-            if stores.faults != faults_before:
-                batch["faults"] = dict(stores.faults - faults_before)
-                faults_before = stores.faults.copy()
-            yield batch
-            micro_batch += step
+        try:
+            while True:
+                first = start + (micro_batch * self.world + self.rank) * self.batch_size
+                yield self._batch(readers, first)
+                micro_batch += step
+        finally:
+            for reader in readers:
+                reader.close()
+
+    def _batch(self, readers: list[WindowReader], first: int) -> Batch:
+        places = [self.locate(sample) for sample in range(first, first + self.batch_size)]
+        for source, reader in enumerate(readers):
+            reader.prepare([window for number, window in places if number == source])
+        rows = Rows(self.batch_size, self.context)
+        seen = [
+            (source, readers[source].read(rows, row, window)) for row, (source, window) in enumerate(places)
+        ]
+        samples = np.arange(first, first + self.batch_size)
+        batch: dict[str, Any] = rows.batch(np.full(self.batch_size, MIXED), samples)
+        if any(lane is not None for _, lane in seen):
+            nothing = (-1,) * 7
+            batch["marks"] = torch.tensor(
+                [nothing if lane is None else (source, *lane) for source, lane in seen]
+            )
+        if faults := stores.faults - self.faults_told:
+            batch["faults"] = dict(faults)
+            self.faults_told = stores.faults.copy()
+        return batch
 
 
 class _ValidationStream(IterableDataset):

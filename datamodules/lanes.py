@@ -9,15 +9,18 @@ A lane is a stream as `packing` describes: eot, document, eot, document, ... wit
 says where one of its windows begins: (window, epoch, unit, piece, position in the piece's tokens).
 """
 
+import atexit
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
+from datamodules import stores
 from datamodules.corpus import DocumentTable
 from datamodules.errors import BadData
 from datamodules.packing import LaneMark, Mark, Rows, TokenStream
@@ -107,8 +110,9 @@ class LaneReader:
     def __init__(self, lanes: Lanes, marks: Mapping[int, Mark]):
         # Readers of lines stand at a place: each LaneReader needs its own.
         self.lanes, self.marks, self.pieces = lanes, marks, copy.copy(lanes.pieces)
-        self._free = threading.Semaphore(THREADS)
+        self._free, self._stop = threading.Semaphore(THREADS), threading.Event()
         self._cursors: dict[int, _Cursor] = {}
+        _readers.add(self)
 
     def prepare(self, windows: Sequence[int]) -> None:
         """Fetch and tokenize at once what these windows need first."""
@@ -132,19 +136,39 @@ class LaneReader:
             cursor = self._cursors[lane] = _Cursor(self, lane, mark)
         return cursor
 
+    def close(self) -> None:
+        """Let go of what is under way in the background."""
+        self._stop.set()
+
     def submit(self, find: "Callable[[], _Open]") -> "Future[_Open]":
         """Run in the background. In daemon threads: a process that ends does not wait for a hub that is away."""
         future: Future[_Open] = Future()
 
         def run() -> None:
+            stores.background.stop = self._stop
             try:
                 with self._free:
                     future.set_result(find())
             except BaseException as error:  # it is raised where the result is asked for
                 future.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        thread = threading.Thread(target=run, daemon=True)
+        _threads.add(thread)
+        thread.start()
         return future
+
+
+_readers: "WeakSet[LaneReader]" = WeakSet()
+_threads: "WeakSet[threading.Thread]" = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread must not be caught inside pyarrow by the end of the interpreter."""
+    for reader in list(_readers):
+        reader.close()
+    for thread in list(_threads):
+        thread.join(timeout=15)
 
 
 class _Cursor:

@@ -78,6 +78,10 @@ class WindowReader(Protocol):
         """Fill a row; returns (lane, where it goes on), None where nothing need be remembered."""
         ...
 
+    def close(self) -> None:
+        """Nothing will be read any more."""
+        ...
+
 
 class Windows(Protocol):
     """An endless sequence of training windows; its `reader` begins quickly at the marks of an earlier one."""
@@ -124,6 +128,9 @@ class TrainingWindows:
         return self
 
     def prepare(self, windows: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def read(self, rows: "Rows", row: int, window: int) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,10 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 faults: Counter[str] = Counter()
 """kind of fault -> how often this process met it."""
+
+
+background = threading.local()
+"""`background.stop`: an Event of the present thread that ends its waiting for a hub that is away."""
 
 
 def count_fault(kind: str, where: str) -> None:
@@ -229,7 +234,11 @@ class Hub:
                         "is lost: the same command goes on from the last checkpoint."
                     ) from None
                 count_fault(kind, what)
-            time.sleep(wait)
+            stop = getattr(background, "stop", None)
+            if stop is None:
+                time.sleep(wait)
+            elif stop.wait(wait):
+                raise SourceUnavailable(f"Nobody waits for {what} any more.") from None
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _fault(self, error: Exception, what: str) -> str:
