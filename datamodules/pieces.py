@@ -141,11 +141,13 @@ class Pieces:
         present = footer.schema.to_arrow_schema().names
         if missing := [name for name in columns if name.split(".")[0] not in present]:
             raise self._no_column(file, missing[0], present)
+        roots = list(dict.fromkeys(name.split(".")[0] for name in columns))
         with _RangeFile(self.store, self.files[file]) as opened:
-            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=True)
-            roots = list(dict.fromkeys(name.split(".")[0] for name in columns))
+            opened.fetch(_column_chunks(footer.row_group(piece), roots))
+            # In this thread: the reads of pyarrow's own would go on behind an error, and at the program's end.
+            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False)
             try:
-                for batch in reader.iter_batches(ROWS_AT_ONCE, row_groups=[piece], columns=roots):
+                for batch in reader.iter_batches(ROWS_AT_ONCE, [piece], columns=roots, use_threads=False):
                     values = [_reach(batch.column(name.split(".")[0]).to_pylist(), name) for name in columns]
                     labels = values[1] if self.domain_field else [None] * len(batch)
                     yield from zip(values[0], labels, strict=True)
@@ -310,6 +312,17 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, store: Store, file: StoredFile):
         self.store, self.file, self.position = store, file, 0
+        self.fetched: list[tuple[int, bytes]] = []
+
+    def fetch(self, spans: list[tuple[int, int]]) -> None:
+        """Read these (begin, end) now, neighbours in one go; later reads inside them come from memory."""
+        joined: list[list[int]] = []
+        for begin, end in sorted(spans):
+            if joined and begin <= joined[-1][1]:
+                joined[-1][1] = max(end, joined[-1][1])
+            else:
+                joined.append([begin, end])
+        self.fetched = [(begin, self.store.read(self.file, begin, end)) for begin, end in joined]
 
     def readable(self) -> bool:
         return True
@@ -328,9 +341,27 @@ class _RangeFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:  # type: ignore[override]
         end = self.file.size if size < 0 else min(self.position + size, self.file.size)
-        data = self.store.read(self.file, self.position, end) if end > self.position else b""
+        for begin, held in self.fetched:
+            if begin <= self.position and end <= begin + len(held):
+                data = held[self.position - begin : end - begin]
+                break
+        else:
+            data = self.store.read(self.file, self.position, end) if end > self.position else b""
         self.position += len(data)
         return data
+
+
+def _column_chunks(row_group: "pq.RowGroupMetaData", roots: list[str]) -> list[tuple[int, int]]:
+    """(begin, end) in the file of the columns under these names."""
+    spans = []
+    for i in range(row_group.num_columns):
+        column = row_group.column(i)
+        if column.path_in_schema.split(".")[0] in roots:
+            begin = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset:
+                begin = min(begin, column.dictionary_page_offset)
+            spans.append((begin, begin + column.total_compressed_size))
+    return spans
 
 
 def _reach(values: list[Any], name: str) -> list[Any]:
