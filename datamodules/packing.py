@@ -64,7 +64,7 @@ class TokenStream:
         if behind == len(self.opens):  # the stream's last token
             opened[-1] = True
         if self.token_bytes is not None:
-            np.take(self.token_bytes, tokens, out=n_bytes)
+            np.take(self.token_bytes, tokens, out=n_bytes, mode="clip")  # "raise" would buffer
 
 
 class WindowReader(Protocol):
@@ -214,13 +214,14 @@ class Rows:
 
     def batch(self, domain: np.ndarray, sample: np.ndarray) -> Batch:
         """tokens, targets int64 (B, T); documents int32 (B, T); n_bytes, domain, sample int64 (B,)."""
-        padded = np.arange(self.tokens.shape[1]) >= self.filled[:, None]
-        targets = np.where(padded, IGNORED, self.tokens)[:, 1:]
+        targets = self.tokens[:, 1:].copy()
+        if (self.filled < self.tokens.shape[1]).any():
+            targets[np.arange(1, self.tokens.shape[1]) >= self.filled[:, None]] = IGNORED
         documents = np.cumsum(self.opened[:, :-1], axis=1, dtype=np.int32) - self.opened[:, :1]
         return {
             "tokens": torch.from_numpy(np.ascontiguousarray(self.tokens[:, :-1])),
-            "targets": torch.from_numpy(np.ascontiguousarray(targets)),
-            "documents": torch.from_numpy(documents.astype(np.int32)),
+            "targets": torch.from_numpy(targets),
+            "documents": torch.from_numpy(documents),
             "n_bytes": torch.from_numpy(self.n_bytes[:, 1:].sum(axis=1)),
             "domain": torch.from_numpy(np.asarray(domain, dtype=np.int64)),
             "sample": torch.from_numpy(np.asarray(sample, dtype=np.int64)),

@@ -37,6 +37,8 @@ LINES_BYTES = 2 << 20
 FETCHED_AT_ONCE = (1 << 20, 8 << 20)
 """Stored bytes of a compressed file asked for at a time: at first, and at most on a long way."""
 ROWS_AT_ONCE = 256
+ROW_GROUP_BYTES = 64 << 20
+"""Stored bytes of a row group's columns up to which they are fetched in one go; larger ones come in parts."""
 FOOTERS_KEPT = 64
 
 PARQUET, LINES = ".parquet", (".jsonl", ".json")
@@ -143,9 +145,11 @@ class Pieces:
             raise self._no_column(file, missing[0], present)
         roots = list(dict.fromkeys(name.split(".")[0] for name in columns))
         with _RangeFile(self.store, self.files[file]) as opened:
-            opened.fetch(_column_chunks(footer.row_group(piece), roots))
+            spans = _column_chunks(footer.row_group(piece), roots)
+            if sum(end - begin for begin, end in spans) <= ROW_GROUP_BYTES:
+                opened.fetch(spans)
             # In this thread: the reads of pyarrow's own would go on behind an error, and at the program's end.
-            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False)
+            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=FETCHED_AT_ONCE[1])
             try:
                 for batch in reader.iter_batches(ROWS_AT_ONCE, [piece], columns=roots, use_threads=False):
                     values = [_reach(batch.column(name.split(".")[0]).to_pylist(), name) for name in columns]
