@@ -25,6 +25,7 @@ from stream_helpers import (
 )
 
 from datamodules import C4, BadData, FineWebEdu, Pile, pieces
+from datamodules.__main__ import main
 from datamodules.base import TokenData
 
 COMMON = {"tokenizer": "bytes", "context": 64, "batch_size": 4, "val_tokens": 1500}
@@ -277,3 +278,30 @@ def test_missing_columns_are_said():
         BadData, match=r"domain_field: .*c4-validation.* has no column 'set'; present: text, url"
     ):
         C4(**COMMON, domain_field="set").prepare_data()
+
+
+def test_command_line(hub, tmp_path, capsys):
+    settings = ["--data.tokenizer", "bytes", "--data.context", "64", "--data.val_tokens", "900"]
+    assert main(["prepare", "--data", "C4", *settings, "--tokens", "5000"]) == 0
+    printed = capsys.readouterr().out
+    assert "prepared       the first 5,000 training tokens" in printed
+    assert "6 files" in printed
+    hub.forget()
+    rows = tokens_of(first(C4(tokenizer="bytes", context=64, val_tokens=900), 9))
+    assert len(rows) == 72
+    assert hub.requests == {}, "what was prepared is at hand"
+    config = {"data": {"class_path": "Mixture", "init_args": {
+        "sources": {"edu": {"class_path": "FineWebEdu"}, "c4": {"class_path": "C4"}},
+        "weights": {"edu": 0.9, "c4": 0.1}, "tokenizer": "bytes", "val_tokens": 500}}}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(config | {"model": "ignored"}))
+    assert main(["inspect", "--config", str(tmp_path / "run.yaml"), "--tokens", "9000"]) == 0
+    printed = capsys.readouterr().out
+    assert "train edu" in printed
+    assert "pack from the cache" in printed
+    for arguments, says in (
+        (["--data", "C4", "--data.lans", "3"], "there is no setting 'lans'"),
+        (["--data", "Nothing"], "error: --data: "),
+        (["--config", str(tmp_path / "none.yaml")], "No such file"),
+    ):
+        assert main(["prepare", *arguments]) == 2
+        assert says in capsys.readouterr().err
