@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from datamodules.errors import BadData
 
 if TYPE_CHECKING:
-    from datamodules.corpora import C4, FineWebEdu, Mixture, Pile, PythonDocs, TextFiles
+    from datamodules.corpora import C4, FineWebEdu, Mixture, Pile, Pixels, PythonDocs, TextFiles
 
-DATA_MODULES = ("C4", "FineWebEdu", "Mixture", "Pile", "PythonDocs", "TextFiles")
+DATA_MODULES = ("C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles")
 
-__all__ = ["C4", "BadData", "FineWebEdu", "Mixture", "Pile", "PythonDocs", "TextFiles"]
+__all__ = ["C4", "BadData", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datamodules import stores
 from datamodules.documents import Document
 from datamodules.errors import BadData
-from datamodules.packing import MIXED, Batch, Mark, Rows, ValidationWindows, WindowReader, Windows
+from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class TokenData(LightningDataModule):
         """Name -> windows to train on, without the documents whose hash (uint64) is in `left_out`."""
         raise NotImplementedError
 
-    def validation_windows(self) -> ValidationWindows:
+    def validation_windows(self) -> FixedWindows:
         """All validation windows, domain after domain."""
         raise NotImplementedError
 
@@ -308,7 +308,7 @@ class _TrainingStream(IterableDataset):
 
 
 class _ValidationStream(IterableDataset):
-    def __init__(self, windows: ValidationWindows, batch_size: int):
+    def __init__(self, windows: FixedWindows, batch_size: int):
         self.windows, self.batch_size = windows, batch_size
 
     def __len__(self) -> int:

@@ -6,11 +6,12 @@ from datamodules.documents import Source
 from datamodules.errors import BadData
 from datamodules.indexed import IndexedData
 from datamodules.mixture import Mixture
+from datamodules.pixels import Pixels
 from datamodules.python_docs import VAL_FRACTION, standard_library
 from datamodules.streamed import C4, FineWebEdu, Pile
 from datamodules.text_files import TxtDocuments, file_source, find_files
 
-__all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "PythonDocs", "TextFiles"]
+__all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
 
 class PythonDocs(IndexedData):

@@ -12,7 +12,9 @@ import numpy as np
 from datamodules.base import TokenData
 from datamodules.documents import Document
 from datamodules.errors import BadData
+from datamodules.indexed import IndexedData
 from datamodules.packing import ValidationWindows, Windows
+from datamodules.streamed import StreamedData
 from datamodules.tokenizer_loading import TRAINING_BYTES
 
 log = logging.getLogger(__name__)
@@ -100,11 +102,14 @@ class Mixture(TokenData):
         super().__init__(**common)
         if not sources:
             raise BadData("sources: the list is empty; name at least one corpus.")
-        if nested := [name for name, source in sources.items() if isinstance(source, Mixture)]:
-            raise BadData(f"sources.{nested[0]}: a mixture is not allowed; name its sources here.")
+        for name, source in sources.items():
+            if not isinstance(source, (StreamedData, IndexedData)):
+                raise BadData(
+                    f"sources.{name}: {type(source).__name__} is not allowed; allowed: corpora of text."
+                )
         if wrong := [tokens for tokens in schedule or {} if tokens < 1]:
             raise BadData(f"schedule: {wrong[0]} is not allowed; allowed: numbers of tokens from 1 on.")
-        self.sources = sources
+        self.sources: dict[str, Any] = sources
         self.phases = {0: weights, **(schedule or {})}
         for tokens, chosen in self.phases.items():
             field = f"schedule.{tokens}" if tokens else "weights"
@@ -118,7 +123,7 @@ class Mixture(TokenData):
                 )
         self._shares: Shares | None = None
 
-    def _each(self) -> Iterator[tuple[str, TokenData]]:
+    def _each(self) -> Iterator[tuple[str, Any]]:
         """The sources, with the mixture's settings."""
         for name, source in self.sources.items():
             source.__dict__["tokenizer"] = self.tokenizer
@@ -144,9 +149,8 @@ class Mixture(TokenData):
         }
 
     def validation_windows(self) -> ValidationWindows:
-        windows = [source.validation_windows() for _, source in self._each()]
-        joined = windows[0]
-        for following in windows[1:]:
+        joined, *others = (source.validation_windows() for _, source in self._each())
+        for following in others:
             joined = joined.followed_by(following)
         return joined
 

@@ -91,6 +91,16 @@ class Windows(Protocol):
         ...
 
 
+class FixedWindows(Protocol):
+    """Windows to validate on."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, first: int, size: int) -> Batch:
+        """Windows first .. first + size - 1, fewer at the end."""
+        ...
+
+
 class TrainingWindows:
     """The endless sequence of training windows: window number `sample` is a function of (seed, sample) alone.
 

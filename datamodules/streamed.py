@@ -7,6 +7,7 @@ of the documents (by hash) of a few fixed pieces; it never depends on the seed, 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
@@ -131,21 +132,26 @@ class StreamedData(TokenData):
         shards: list[Shard] = []
         chosen: dict[str, list[int]] = {}
         tokens: dict[str, int] = {}
+        too_long: dict[str, tuple[int, int]] = {}
         first = 0
+        most = math.inf if self.val_tokens is None else self.val_tokens
         for shard in _round_robin(len(files), pieces.shard):
-            lengths = np.diff(shard.offsets)
+            lengths = np.diff(shard.offsets) + 1
             for i in np.flatnonzero(held_out(shard.key, fraction)).tolist():
-                name, n = shard.domains[shard.domain[i]], int(lengths[i]) + 1
-                if self.val_tokens is None or name not in tokens or tokens[name] + n <= self.val_tokens:
+                name, n = shard.domains[shard.domain[i]], int(lengths[i])
+                if n > most:
+                    too_long[name] = min((n, first + i), too_long.get(name, (n, first + i)))
+                elif tokens.get(name, 0) + n <= most:
                     chosen.setdefault(name, []).append(first + i)
                     tokens[name] = tokens.get(name, 0) + n
                 else:
-                    tokens[name] = self.val_tokens  # full: no shorter document slips in behind
+                    tokens[name] = int(most)  # full: no shorter document slips in behind
             shards.append(shard)
             first += len(lengths)
-            full = self.val_tokens is not None and all(n >= self.val_tokens for n in tokens.values())
-            if len(shards) == VALIDATION_PIECES or (tokens and full):
+            if len(shards) == VALIDATION_PIECES or (tokens and min(tokens.values()) >= most):
                 break
+        for name, (_, document) in too_long.items():
+            chosen.setdefault(name, [document])  # the shortest, where all are longer than what is asked for
         if not chosen:
             raise BadData(
                 f"val_fraction: {fraction} of {first} documents of {self.store.name} leaves none to validate on."

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import multiprocessing
+import os
 import random
+import shutil
+import time
 
 import pytest
 import torch
@@ -305,3 +309,56 @@ def test_command_line(hub, tmp_path, capsys):
     ):
         assert main(["prepare", *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def _read_all(make, steps, answers):
+    memory = []
+    data = make()
+    began = time.monotonic()
+    for i, batch in enumerate(itertools.islice(data.train_dataloader(), steps)):
+        consume(data, [batch])
+        if i % 200 == 0:
+            with open("/proc/self/status") as status:
+                memory.append(
+                    next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+                )
+    answers.put((max(memory) - memory[0], time.monotonic() - began, data.state_dict()))
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(7200)
+def test_more_text_than_memory_through_the_hub(hub, tmp_path, monkeypatch):
+    """T6_PROVE_BYTES of text (more than a GiB unless said) in 96 files: memory stays, a restore fetches little."""
+    n_bytes = int(os.environ.get("T6_PROVE_BYTES", 1_200_000_000))
+    monkeypatch.setattr(pieces, "LINES_BYTES", 2 << 20)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
+    texts = [" ".join(rng.choices(words, k=500)) for _ in range(n_bytes // 96 // 3200)]
+    files = [parquet([f"{i} {text}" for text in texts], 1000) for i in range(8)]
+    hub.add("some/large", {f"sample/10BT/{i:03}.parquet": files[i % 8] for i in range(96)})
+    total = sum(len(text) for text in texts) * 96
+
+    def make():
+        return FineWebEdu(repository="some/large", tokenizer="bytes", context=1024, batch_size=16)
+
+    make().prepare_data()
+    hub.forget()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    steps = int(total * 0.9) // (16 * 1024)
+    process = context.Process(target=_read_all, args=(make, steps, answers))
+    process.start()
+    grown, seconds, state = answers.get()
+    process.join()
+    print(
+        f"{total:,} bytes of text: {steps * 16384 / seconds / 1e6:.1f} M tokens/s, memory grew by {grown:,} bytes"
+    )
+    assert grown < 2**30
+    whole = tokens_of(first(resumed(make, state), 2))
+    shutil.rmtree(tmp_path / "home" / "tokens")
+    again = resumed(make, state)
+    hub.forget()
+    began = time.monotonic()
+    assert tokens_of(first(again, 2)) == whole
+    seconds = time.monotonic() - began
+    print(f"restore without a cache: {hub.bytes_sent:,} bytes in {seconds:.2f} s")
