@@ -229,12 +229,9 @@ def _idx(path: Path, magic: int) -> np.ndarray:
     """The array in an idx file: a big-endian header of magic number and sizes, then bytes."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     n_sizes = magic & 0xFF
-    header = np.frombuffer(data[: 4 + 4 * n_sizes], dtype=">i4").tolist()
-    if (
-        len(header) != 1 + n_sizes
-        or header[0] != magic
-        or len(data) != 4 + 4 * n_sizes + math.prod(header[1:])
-    ):
+    begin = 4 + 4 * n_sizes
+    header = np.frombuffer(data[:begin].ljust(begin, b"\0"), dtype=">i4").tolist()
+    if header[0] != magic or len(data) != begin + math.prod(header[1:]):
         what = "images" if magic == IDX_IMAGES else "labels"
         raise BadData(f"{path} is no idx file of {what}, or is cut.")
     return np.frombuffer(data, dtype=np.uint8, offset=begin).reshape(header[1:])
