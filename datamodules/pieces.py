@@ -146,10 +146,12 @@ class Pieces:
         roots = list(dict.fromkeys(name.split(".")[0] for name in columns))
         with _RangeFile(self.store, self.files[file]) as opened:
             spans = _column_chunks(footer.row_group(piece), roots)
-            if sum(end - begin for begin, end in spans) <= ROW_GROUP_BYTES:
+            large = sum(end - begin for begin, end in spans) > ROW_GROUP_BYTES
+            if not large:
                 opened.fetch(spans)
             # In this thread: the reads of pyarrow's own would go on behind an error, and at the program's end.
-            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=FETCHED_AT_ONCE[1])
+            buffered = FETCHED_AT_ONCE[1] if large else 0
+            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=buffered)
             try:
                 for batch in reader.iter_batches(ROWS_AT_ONCE, [piece], columns=roots, use_threads=False):
                     values = [_reach(batch.column(name.split(".")[0]).to_pylist(), name) for name in columns]

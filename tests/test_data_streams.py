@@ -226,6 +226,13 @@ def test_restore_without_the_cache_fetches_footers_and_row_groups_only(hub, tmp_
     assert hub.bytes_sent < 0.05 * stored
 
 
+def test_a_large_row_group_is_read_in_parts(hub, monkeypatch):
+    rows = tokens_of(first(FineWebEdu(**COMMON), 10))
+    monkeypatch.setenv("T6_HOME", f"{os.environ['T6_HOME']}2")
+    monkeypatch.setattr(pieces, "ROW_GROUP_BYTES", 100)
+    assert tokens_of(first(FineWebEdu(**COMMON), 10)) == rows
+
+
 def test_lanes_and_seed_of_the_checkpoint_are_kept(caplog):
     data = FineWebEdu(**COMMON)
     whole = first(data, 20)
