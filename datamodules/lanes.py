@@ -36,10 +36,10 @@ START: Mark = (0, 0, 0, 0, 0)
 
 
 class Unit(NamedTuple):
-    """What is dealt to lanes: a file, or a single piece of it."""
+    """What is dealt to lanes: a file, or a single row group of it."""
 
     file: int
-    piece: int | None
+    group: int | None
 
 
 def dealt(pieces: Pieces, lanes: int, seed: int) -> list[list[Unit]]:
@@ -53,8 +53,8 @@ def dealt(pieces: Pieces, lanes: int, seed: int) -> list[list[Unit]]:
         lanes = min(lanes, len(units))
     else:
         with ThreadPoolExecutor(THREADS) as pool:
-            counts = list(pool.map(pieces.n_pieces, files))
-        units = [Unit(file, piece) for file in files for piece in range(counts[file] or 0)]
+            groups = list(pool.map(pieces.groups, files))
+        units = [Unit(file, group) for file in files for group in range(len(groups[file] or []))]
         lanes = max(1, min(lanes, len(units) // PIECES_PER_LANE))
     order = np.random.default_rng([seed, len(units)]).permutation(len(units))
     return [[units[i] for i in order[lane::lanes]] for lane in range(lanes)]
@@ -265,16 +265,20 @@ class _Cursor:
     def _stream(self, unit: Unit, epoch: int, piece: int) -> TokenStream | None:
         """The shuffled training documents of the unit's piece number `piece`; None behind its last."""
         pieces, number = self.reader.pieces, piece
-        if unit.piece is not None:
-            if piece > 0:
+        if pieces.is_parquet(unit.file):
+            groups = pieces.groups(unit.file) or []
+            if unit.group is not None:
+                order = np.array([unit.group])
+            else:
+                rng = np.random.default_rng([self.lanes.seed, epoch, self.lane, unit.file])
+                order = rng.permutation(len(groups))
+            for group in order.tolist():
+                if piece < groups[group]:
+                    number = sum(groups[:group]) + piece
+                    break
+                piece -= groups[group]
+            else:
                 return None
-            number = unit.piece
-        elif pieces.is_parquet(unit.file):
-            count = pieces.n_pieces(unit.file) or 0
-            if piece >= count:
-                return None
-            rng = np.random.default_rng([self.lanes.seed, epoch, self.lane, unit.file])
-            number = int(rng.permutation(count)[piece])
         shard = pieces.shard(unit.file, number)
         if shard is None:
             return None

@@ -1,6 +1,7 @@
 """Pieces: the parts in which streamed files are read, tokenized and cached, numbered 0, 1, ... in each file.
 
-Of a parquet file a piece is a row group, so that any depth costs one footer and one column chunk. Of JSON lines
+Of a parquet file a piece is ROWS_PER_PIECE rows of a row group, so that any depth costs one footer, one column chunk
+and the tokenizing of few documents. Of JSON lines
 (plain, .gz or .zst) piece k holds the lines that begin within bytes k*P .. (k+1)*P - 1 of the decompressed file
 (P = LINES_BYTES): what lies before it must be decompressed once to get there, at most the file.
 """
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,13 +38,19 @@ RECIPE = 1
 LINES_BYTES = 2 << 20
 FETCHED_AT_ONCE = (1 << 20, 8 << 20)
 """Stored bytes of a compressed file asked for at a time: at first, and at most on a long way."""
-ROWS_AT_ONCE = 256
+ROWS_PER_PIECE = 200
 ROW_GROUP_BYTES = 64 << 20
 """Stored bytes of a row group's columns up to which they are fetched in one go; larger ones come in parts."""
+HELD_BYTES = 256 << 20
+"""Stored bytes of row groups that a reader holds for their next pieces."""
 FOOTERS_KEPT = 64
 
 PARQUET, LINES = ".parquet", (".jsonl", ".json")
 COMPRESSIONS = (".gz", ".zst")
+
+
+Fetched = list[tuple[int, bytes]]
+"""(where in the file, bytes from there on)"""
 
 
 def readable(path: str) -> bool:
@@ -77,36 +85,43 @@ class Pieces:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._counts: dict[int, int] = {}
+        self._groups: dict[int, list[int]] = {}
+        self._held: OrderedDict[tuple[int, int], Fetched] = OrderedDict()
         self._lines: dict[int, _Lines] = {}
         self._footer = lru_cache(maxsize=FOOTERS_KEPT)(self._read_footer)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_counts", "_lines", "_footer")
+        own = ("_groups", "_held", "_lines", "_footer")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start_anew()
 
-    def n_pieces(self, file: int) -> int | None:
-        """How many pieces a file has; None for lines that nobody has read to the end yet."""
-        if file not in self._counts:
+    def groups(self, file: int) -> list[int] | None:
+        """How many pieces each row group of a parquet file has. Of a file of lines: how many it has in all, None
+        where nobody has read it to the end yet."""
+        if file not in self._groups:
             try:
-                self._counts[file] = int(self._kept("counts", file).read_text())
+                self._groups[file] = json.loads(self._kept("counts", file).read_text())
             except (OSError, ValueError):
                 if not self.is_parquet(file):
                     return None
-                self._note_count(file, self._footer(file).num_row_groups)
-        return self._counts[file]
+                footer = self._footer(file)
+                rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+                self._note_groups(file, [-(-n // ROWS_PER_PIECE) for n in rows])
+        return self._groups[file]
+
+    def _is_behind(self, file: int, piece: int) -> bool:
+        groups = self.groups(file)
+        return groups is not None and piece >= sum(groups)
 
     def is_parquet(self, file: int) -> bool:
         return self.files[file].path.endswith(PARQUET)
 
     def shard(self, file: int, piece: int) -> Shard | None:
         """The documents of a piece, tokenized, maybe none; None behind the end of the file."""
-        count = self.n_pieces(file)
-        if count is not None and piece >= count:
+        if self._is_behind(file, piece):
             return None
         name = f"{self.files[file].path}, piece {piece}"
         assert self.cache is not None
@@ -119,8 +134,7 @@ class Pieces:
 
     def documents(self, file: int, piece: int) -> list[Document] | None:
         """The texts of a piece, not cached; None behind the end of the file."""
-        count = self.n_pieces(file)
-        if count is not None and piece >= count:
+        if self._is_behind(file, piece):
             return None
         try:
             return list(self._documents(file, piece))
@@ -144,23 +158,49 @@ class Pieces:
         if missing := [name for name in columns if name.split(".")[0] not in present]:
             raise self._no_column(file, missing[0], present)
         roots = list(dict.fromkeys(name.split(".")[0] for name in columns))
+        groups = self.groups(file) or []
+        group, slice_of_group = 0, piece
+        while slice_of_group >= groups[group]:
+            slice_of_group -= groups[group]
+            group += 1
         with _RangeFile(self.store, self.files[file]) as opened:
-            spans = _column_chunks(footer.row_group(piece), roots)
+            spans = _column_chunks(footer.row_group(group), roots)
             large = sum(end - begin for begin, end in spans) > ROW_GROUP_BYTES
             if not large:
-                opened.fetch(spans)
+                opened.fetched = self._fetched(file, group, spans)
             # In this thread: the reads of pyarrow's own would go on behind an error, and at the program's end.
             buffered = FETCHED_AT_ONCE[1] if large else 0
             reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=buffered)
+            row = -slice_of_group * ROWS_PER_PIECE
             try:
-                for batch in reader.iter_batches(ROWS_AT_ONCE, [piece], columns=roots, use_threads=False):
-                    values = [_reach(batch.column(name.split(".")[0]).to_pylist(), name) for name in columns]
-                    labels = values[1] if self.domain_field else [None] * len(batch)
-                    yield from zip(values[0], labels, strict=True)
+                for batch in reader.iter_batches(ROWS_PER_PIECE, [group], columns=roots, use_threads=False):
+                    wanted = batch.slice(
+                        max(-row, 0), max(min(ROWS_PER_PIECE - row, len(batch)) - max(-row, 0), 0)
+                    )
+                    row += len(batch)
+                    values = [_reach(wanted.column(name.split(".")[0]).to_pylist(), name) for name in columns]
+                    yield from zip(
+                        values[0], values[1] if self.domain_field else [None] * len(wanted), strict=True
+                    )
+                    if row >= ROWS_PER_PIECE:
+                        break
             except BadData:
                 raise
             except Exception as error:  # pyarrow's own
                 raise BadData(f"{self._place(file, piece)}: {first_line(error)}.") from error
+
+    def _fetched(self, file: int, group: int, spans: list[tuple[int, int]]) -> "Fetched":
+        """The stored bytes of a row group's columns, held for the pieces that come next."""
+        fetched = self._held.pop((file, group), None)
+        if fetched is None:
+            fetched = [
+                (begin, self.store.read(self.files[file], begin, end)) for begin, end in _joined(spans)
+            ]
+        self._held[file, group] = fetched
+        with contextlib.suppress(KeyError, RuntimeError):  # other threads hold and let go as well
+            while sum(len(data) for held in list(self._held.values()) for _, data in held) > HELD_BYTES:
+                self._held.popitem(last=False)
+        return fetched
 
     def _read_footer(self, file: int) -> "pq.FileMetaData":
         """Footers of remote files are kept on disk for all processes: they are large and asked for often."""
@@ -192,7 +232,7 @@ class Pieces:
             del self._lines[file]  # it stands in the middle of something
             raise
         if lines is None:
-            self._note_count(file, self._lines.pop(file).next)
+            self._note_groups(file, [self._lines.pop(file).next])
             raise _End
         columns = [self.text_field, *([self.domain_field] if self.domain_field else [])]
         names: set[str] = set()
@@ -200,7 +240,7 @@ class Pieces:
             if line.strip():
                 try:
                     row = json.loads(line)
-                    names.update(row)
+                    names.update(row.keys())
                     values = [_reach([row.get(name.split(".")[0])], name)[0] for name in columns]
                 except (ValueError, TypeError, AttributeError):  # no JSON, or no object
                     count_fault("a malformed row is left out", self._place(file, piece))
@@ -220,15 +260,16 @@ class Pieces:
     def _identity(self, file: int, piece: str) -> str:
         stored = self.files[file]
         place = f"{self.store.name} {stored.path} {stored.size} {stored.content}"
-        return f"{RECIPE} {place} {piece} {self.text_field} {self.domain_field or '=' + self.domain} {LINES_BYTES}"
+        columns = f"{self.text_field} {self.domain_field or '=' + self.domain}"
+        return f"{RECIPE} {place} {piece} {columns} {LINES_BYTES} {ROWS_PER_PIECE}"
 
     def _kept(self, kind: str, file: int) -> Path:
         key = hashlib.sha256(self._identity(file, kind).encode()).hexdigest()[:32]
         return t6_home() / "tokens" / kind / key
 
-    def _note_count(self, file: int, count: int) -> None:
-        self._counts[file] = count
-        write_atomically(self._kept("counts", file), f"{count}\n")
+    def _note_groups(self, file: int, groups: list[int]) -> None:
+        self._groups[file] = groups
+        write_atomically(self._kept("counts", file), json.dumps(groups) + "\n")
 
 
 class _End(Exception):
@@ -318,17 +359,8 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, store: Store, file: StoredFile):
         self.store, self.file, self.position = store, file, 0
-        self.fetched: list[tuple[int, bytes]] = []
-
-    def fetch(self, spans: list[tuple[int, int]]) -> None:
-        """Read these (begin, end) now, neighbours in one go; later reads inside them come from memory."""
-        joined: list[list[int]] = []
-        for begin, end in sorted(spans):
-            if joined and begin <= joined[-1][1]:
-                joined[-1][1] = max(end, joined[-1][1])
-            else:
-                joined.append([begin, end])
-        self.fetched = [(begin, self.store.read(self.file, begin, end)) for begin, end in joined]
+        self.fetched: Fetched = []
+        """What is in memory already."""
 
     def readable(self) -> bool:
         return True
@@ -355,6 +387,17 @@ class _RangeFile(io.RawIOBase):
             data = self.store.read(self.file, self.position, end) if end > self.position else b""
         self.position += len(data)
         return data
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes with neighbours in one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def _column_chunks(row_group: "pq.RowGroupMetaData", roots: list[str]) -> list[tuple[int, int]]:

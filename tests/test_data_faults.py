@@ -172,7 +172,7 @@ def test_offline_with_everything_at_hand(hub, monkeypatch):
 
 def texts_of(folder, **options):
     store = Folder(str(folder))
-    found = Pieces(store, store.files(["*"]), None, "text", None, "text", **options)
+    found = Pieces(store, store.files(["*.jsonl*", "*.parquet"]), None, "text", None, "text", **options)
     texts = []
     for file in range(len(found.files)):
         piece = 0

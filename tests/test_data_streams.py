@@ -118,6 +118,15 @@ def _rank(make, rank, world, store, state, start, steps, answers):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 7, 12])
+def test_pieces_of_row_groups_lose_no_document(rows, monkeypatch):
+    monkeypatch.setattr(pieces, "ROWS_PER_PIECE", rows)
+    data = FineWebEdu(**COMMON | {"lanes": 3})
+    held = len(data.validation_keys())
+    lanes = [list(dict.fromkeys(lane)) for lane in lane_documents(data, 700)]
+    assert sum(map(len, lanes)) == len(set().union(*lanes)) == 300 - held
+
+
 def run_ranks(make, world, state, start, steps, store):
     """`steps` micro-batches on each of `world` processes: rows in the global order, and rank 0's state."""
     context = multiprocessing.get_context("fork")
@@ -197,7 +206,7 @@ def test_nothing_is_fetched_twice_or_whole(hub):
     texts = [random.Random(i).randbytes(200).hex() for i in range(8000)]  # does not compress well
     big = {f"sample/10BT/{i}.parquet": parquet(texts[i::2], 100) for i in range(2)}
     hub.add("some/big", big)
-    options = COMMON | {"val_tokens": 300, "val_fraction": 0.5, "repository": "some/big"}
+    options = COMMON | {"val_tokens": 900, "val_fraction": 0.5, "repository": "some/big"}
     data = FineWebEdu(**options)
     whole = first(data, 40)
     assert hub.bytes_sent < sum(map(len, big.values())) / 2
@@ -230,6 +239,8 @@ def test_a_large_row_group_is_read_in_parts(hub, monkeypatch):
     rows = tokens_of(first(FineWebEdu(**COMMON), 10))
     monkeypatch.setenv("T6_HOME", f"{os.environ['T6_HOME']}2")
     monkeypatch.setattr(pieces, "ROW_GROUP_BYTES", 100)
+    assert tokens_of(first(FineWebEdu(**COMMON), 10)) == rows
+    monkeypatch.setattr(pieces, "HELD_BYTES", 100)
     assert tokens_of(first(FineWebEdu(**COMMON), 10)) == rows
 
 
