@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, the token cache and packing: everything between text on disk and a batch.
+"""Corpora, tokenizers, the token cache and packing: everything between text on disk or the hub and a batch.
 
 Importing this package is light; the data modules (and Lightning with them) load when first asked for.
 """
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from datamodules.errors import BadData
 
 if TYPE_CHECKING:
-    from datamodules.corpora import PythonDocs, TextFiles
+    from datamodules.corpora import C4, FineWebEdu, Mixture, Pile, Pixels, PythonDocs, TextFiles
 
-__all__ = ["BadData", "PythonDocs", "TextFiles"]
+DATA_MODULES = ("C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles")
+
+__all__ = ["C4", "BadData", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PythonDocs", "TextFiles"):
+    if name in DATA_MODULES:
         from datamodules import corpora
 
         return getattr(corpora, name)

@@ -1,9 +1,15 @@
-"""`python -m datamodules prepare | inspect`: fill the token cache; look at a corpus and time its reading."""
+"""`python -m datamodules prepare | inspect`: fill the token cache; look at a corpus and time its reading.
+
+The corpus is PythonDocs, TextFiles with --files, or any data module: --data NAME with its settings as --data.SETTING,
+or --config FILE (the `data` section of a run's configuration).
+"""
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -17,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options, options.rest = _parser().parse_known_args(arguments)
+    if options.rest and not (options.data or options.config):
+        _parser().error(f"unrecognized arguments: {' '.join(options.rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("datamodules").setLevel(logging.INFO)
     try:
@@ -32,6 +40,9 @@ def prepare(options: argparse.Namespace) -> None:
     """Fill the cache and print what it now holds."""
     data = corpus_of(options)
     data.prepare_data()
+    if data.streamed and options.tokens:
+        seconds = read_ahead(data, options.tokens)
+        print(f"prepared       the first {options.tokens:,} training tokens in {seconds:.1f} s")
     print_counts(data)
 
 
@@ -45,7 +56,51 @@ def inspect(options: argparse.Namespace) -> None:
         print_throughput(options)
 
 
+def read_ahead(data: "TokenData", tokens: int) -> float:
+    """Read (and so cache) the first training tokens with a progress bar; returns the seconds it took."""
+    from rich.console import Console
+    from rich.progress import track
+
+    steps = -(-tokens // (data.batch_size * data.context))
+    began = time.perf_counter()
+    batches = itertools.islice(data.train_dataloader(), steps)
+    for _ in track(batches, "reading", total=steps, console=Console(stderr=True), transient=True):
+        pass
+    return time.perf_counter() - began
+
+
+def configured_corpus(options: argparse.Namespace) -> "TokenData":
+    """The data module that --data, --config and --data.SETTING describe, as `fit` reads them."""
+    import jsonargparse
+    import yaml
+
+    from datamodules import corpora  # noqa: F401  (so that their short names are known)
+    from datamodules.base import TokenData
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(TokenData, "data", required=True)
+    try:
+        if options.config:
+            with open(options.config, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+            if not isinstance(content, dict) or "data" not in content:
+                raise BadData(f"--config: {options.config} has no section `data`.")
+            parser.set_defaults({"data": content["data"]})
+        chosen = ["--data", options.data] if options.data else []
+        built: Any = getattr(parser, "instantiate", parser.instantiate_classes)(
+            parser.parse_args([*chosen, *options.rest])
+        )
+        return built.data
+    except (jsonargparse.ArgumentError, OSError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        if unknown := re.search(r"Option '(\w+)' is not accepted", said):
+            said = f"there is no setting {unknown[1]!r}"
+        raise BadData(f"--data: {said.rstrip('.')}.") from error
+
+
 def corpus_of(options: argparse.Namespace) -> "TokenData":
+    if options.data or options.config:
+        return configured_corpus(options)
     from datamodules.corpora import PythonDocs, TextFiles
 
     common: dict[str, Any] = {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
@@ -71,7 +126,13 @@ def print_counts(data: "TokenData") -> None:
     print(f"fingerprint    {data.fingerprint}")
     row = "{:<14} {:>12} {:>15} {:>15} {:>9}"
     print(row.format("", "documents", "tokens", "bytes", "share"))
+    for name, source in (summary.get("sources") or {"": summary}).items():
+        if "train_files" in source:
+            stored = f"{source['train_files']:,} files, {source['train_stored_bytes']:,} stored bytes"
+            print(f"train {name:<8} {stored}, streamed from {source['source']} ({source['revision']})")
     for side in ("train", "val"):
+        if f"{side}_tokens" not in summary:
+            continue
         counts = [summary[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")]
         print(row.format(side, *(f"{count:,}" for count in counts), ""))
     for name, domain in summary["domains"].items():
@@ -84,43 +145,46 @@ def print_counts(data: "TokenData") -> None:
 
 
 def print_samples(data: "TokenData", number: int) -> None:
-    corpus = data.corpus
-    for document in corpus.training_documents[:: max(1, len(corpus.training_documents) // max(1, number))][
-        :number
-    ]:
-        ids = corpus.table.tokens(document)
-        text = " ".join(data.tokenizer.decode(ids[:100]).split())
-        size = f"{len(ids):,} tokens, {corpus.table.n_bytes[document]:,} bytes"
-        print(f"\ndocument {document:,}: {size}\n  {text[:300]}")
+    for document in data.example_documents(number):
+        text = " ".join(document.text.split())
+        size = f"{len(data.tokenizer.encode(document.text)):,} tokens, {len(document.text.encode()):,} bytes"
+        print(f"\ndocument {document.key:016x}: {size}\n  {text[:300]}")
 
 
 def print_throughput(options: argparse.Namespace) -> None:
-    """Read, tokenize and pack everything in this process from an empty cache; then pack from the cache."""
+    """Read, tokenize and pack in this process from an empty cache; then pack from the cache.
+
+    Everything, or the first `--tokens` of a stream.
+    """
     data = corpus_of(options)
     tokenizer = data.tokenizer  # trained or loaded beforehand: it is not what is measured
     with _empty_home():
-        began, cpu = time.perf_counter(), time.process_time()
         data = corpus_of(options)
         data.__dict__["tokenizer"] = tokenizer
-        tokens = _pack_one_epoch(data)
+        if data.streamed:
+            data.prepare_data()  # validation text and the list of files
+        began, cpu = time.perf_counter(), time.process_time()
+        tokens = _pack(data, options.tokens)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    speed = f"{tokens / seconds / 1e6:.2f} M tokens/s"
-    print(f"\nread + tokenize + pack  {speed} ({tokens:,} in {seconds:.2f} s, {cpu:.2f} s of CPU time)")
-    began = time.perf_counter()
-    tokens = _pack_one_epoch(data)
-    print(f"pack from the cache     {tokens / (time.perf_counter() - began) / 1e6:.2f} M tokens/s")
+        speed = f"{tokens / seconds / 1e6:.2f} M tokens/s"
+        print(f"\nread + tokenize + pack  {speed} ({tokens:,} in {seconds:.2f} s, {cpu:.2f} s of CPU time)")
+        began = time.perf_counter()
+        tokens = _pack(data, options.tokens)
+        print(f"pack from the cache     {tokens / (time.perf_counter() - began) / 1e6:.2f} M tokens/s")
 
 
-def _pack_one_epoch(data: "TokenData") -> int:
-    """Read all training windows of one epoch; returns their tokens."""
+def _pack(data: "TokenData", tokens: int) -> int:
+    """Read all training windows of one epoch, or so many tokens of a stream; returns their tokens."""
     from datamodules.packing import TrainingWindows
 
-    corpus = data.corpus
-    windows = TrainingWindows(
-        corpus.table, corpus.training_documents, data.tokenizer, data.context, data.seed
-    )
-    batches = windows.per_epoch // data.batch_size
-    return sum(windows.batch(i * data.batch_size, data.batch_size)["tokens"].numel() for i in range(batches))
+    first, *others = data.training_windows(data.validation_keys()).values()
+    if isinstance(first, TrainingWindows) and not others:
+        batches = first.per_epoch // data.batch_size
+        return sum(
+            first.batch(i * data.batch_size, data.batch_size)["tokens"].numel() for i in range(batches)
+        )
+    batches = -(-tokens // (data.batch_size * data.context))
+    return sum(batch["tokens"].numel() for batch in itertools.islice(data.train_dataloader(), batches))
 
 
 @contextlib.contextmanager
@@ -145,12 +209,22 @@ def _named(value: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m datamodules", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("prepare", prepare), ("inspect", inspect)):
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument(
             "--files", nargs="+", metavar="PATH", help="TextFiles on these; without: PythonDocs"
+        )
+        command.add_argument("--data", metavar="NAME", help="any data module; its settings as --data.SETTING")
+        command.add_argument("--config", metavar="FILE", help="YAML with a section `data`")
+        command.add_argument(
+            "--tokens", type=int, default=0 if name == "prepare" else 4_000_000, help="of a stream to read"
         )
         command.add_argument(
             "--exclude", nargs="+", default=[], metavar="GLOB", help="file names to leave out"

@@ -1,23 +1,22 @@
 """The Lightning side of a corpus: what every data module shares."""
 
-import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.corpus import Corpus
-from datamodules.documents import Source
+from datamodules import stores
+from datamodules.documents import Document
 from datamodules.errors import BadData
-from datamodules.packing import Batch, TrainingWindows, ValidationWindows
-from datamodules.token_cache import cached_shards
+from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
-from datamodules.tokenizer_loading import TRAINING_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -60,41 +59,70 @@ class TokenData(LightningDataModule):
         self.batch_size, self.context, self.val_tokens = batch_size, context, val_tokens
         self.num_workers, self.seed = num_workers, seed
         self._position = _Position()
+        self.faults: Counter[str] = Counter()
+        """kind of fault in reading -> how often it was met while the batches so far were made."""
 
     # What a corpus provides.
 
-    val_fraction: float = 0.0
-    """Share of the training documents that validates instead."""
+    streamed = False
+    """Whether checkpoints carry the places of lanes."""
 
-    def sources(self) -> list[Source]:
-        """What to train on (less `val_fraction` of it). Raises BadData."""
+    @property
+    def domains(self) -> list[str]:
+        """Names of the validation domains; a batch's `domain` is an index into it."""
         raise NotImplementedError
 
-    def validation_sources(self) -> dict[str, list[Source]]:
-        """domain -> what only validates. Raises BadData."""
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the data, its tokens and the split: equal for equal data on any machine."""
+        raise NotImplementedError
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and what simple models reach on the validation text."""
+        raise NotImplementedError
+
+    def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
+        """Name -> windows to train on, without the documents whose hash (uint64) is in `left_out`."""
+        raise NotImplementedError
+
+    def validation_windows(self) -> FixedWindows:
+        """All validation windows, domain after domain."""
+        raise NotImplementedError
+
+    def validation_keys(self) -> np.ndarray:
+        """Sorted hashes of the validation documents, uint64."""
+        raise NotImplementedError
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Sample -> (index into `training_windows`, number of the window there)."""
+        return 0, sample
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """Texts to train a tokenizer on, without held-out documents."""
+        raise NotImplementedError
+
+    def example_documents(self, number: int) -> Iterator[Document]:
+        """Some training documents to look at."""
+        raise NotImplementedError
+
+    def corpus_identity(self) -> str:
+        """sha256 (hex) of where the texts come from; a trained tokenizer is kept by it."""
+        raise NotImplementedError
+
+    def order_state(self) -> dict[str, Any]:
+        """What else the order of samples depends on, for checkpoints: plain values."""
         return {}
+
+    def restore_order(self, state: dict[str, Any]) -> None:
+        """Take up the order of a checkpoint."""
 
     # What the training side uses.
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        identity = [source.identity for source in self.sources()]
-        corpus = hashlib.sha256(repr((identity, self.val_fraction)).encode()).hexdigest()
-        return load_tokenizer(self.tokenizer_spec, self.vocab_size, self._training_texts, corpus)
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the validation domains; a batch's `domain` is an index into it."""
-        return self.corpus.domains
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the tokens, bytes and split: equal for equal data on any machine."""
-        return self.corpus.fingerprint
-
-    def summary(self) -> dict[str, Any]:
-        """See `Corpus.summary`."""
-        return self.corpus.summary
+        return load_tokenizer(
+            self.tokenizer_spec, self.vocab_size, self.tokenizer_texts, self.corpus_identity()
+        )
 
     @property
     def samples(self) -> int:
@@ -105,39 +133,23 @@ class TokenData(LightningDataModule):
     def samples(self, samples: int) -> None:
         self._position.samples = samples
 
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The tokenized documents; made on first use, from the cache where it has them."""
-        training = self.sources()
-        validation = self.validation_sources()
-        every = [*training, *(source for sources in validation.values() for source in sources)]
-        shards = iter(cached_shards(every, self.tokenizer))
-        training_shards = [next(shards) for _ in training]
-        validation_shards = {name: [next(shards) for _ in sources] for name, sources in validation.items()}
-        return Corpus(self.tokenizer, training_shards, validation_shards, self.val_fraction, self.val_tokens)
-
     def prepare_data(self) -> None:
         """Train the tokenizer and fill the token cache where they are missing. Raises BadData."""
-        _ = self.corpus
+        _ = self.domains
 
     def setup(self, stage: str | None = None) -> None:
-        _ = self.corpus
+        _ = self.domains
 
     def train_dataloader(self) -> DataLoader:
         """An endless loader from `samples` on: micro-batch m of rank r of W holds the samples
         start + (m*W + r)*B .. + B - 1."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        windows = TrainingWindows(
-            self.corpus.table, self.corpus.training_documents, self.tokenizer, self.context, self.seed
-        )
-        return self._loader(_TrainingStream(windows, self._position, self.batch_size, rank, world))
+        windows = self.training_windows(self.validation_keys())
+        return self._loader(_TrainingStream(self, windows, rank, world))
 
     def val_dataloader(self) -> DataLoader:
         """All validation windows in a fixed order, the same on every rank."""
-        windows = ValidationWindows(
-            self.corpus.table, self.corpus.validation_documents, self.tokenizer, self.context
-        )
-        return self._loader(_ValidationStream(windows, self.batch_size))
+        return self._loader(_ValidationStream(self.validation_windows(), self.batch_size))
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
@@ -145,16 +157,29 @@ class TokenData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self.val_dataloader()
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take out of a batch what concerns the data alone: where its lanes go on, and faults on the way."""
+        if "marks" in batch:
+            self._position.coming.append((int(batch["sample"].max()), batch.pop("marks")))
+        self.faults.update(batch.pop("faults", {}))
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
-        return {
+        """The position. With several ranks all of them must call it: each knows the lanes that it reads."""
+        state = {
             "samples": self.samples,
             "seed": self.seed,
             "context": self.context,
             "fingerprint": self.fingerprint,
         }
+        if self.streamed:
+            state |= {"order": self.order_state(), "lanes": self._position.marks_of_all_ranks()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the saved position, in the saved order. Warns when the data is not the same."""
+        if "order" in state_dict:
+            self.restore_order(state_dict["order"])
         if state_dict["fingerprint"] != self.fingerprint:
             log.warning(
                 "THE DATA HAS CHANGED: the checkpoint was trained on data %s and goes on with data %s; its "
@@ -174,6 +199,7 @@ class TokenData(LightningDataModule):
             )
         self.seed = state_dict["seed"]
         self.samples = state_dict["samples"]
+        self._position.restore(state_dict.get("lanes", {}))
 
     def _loader(self, stream: "IterableDataset[Batch]") -> DataLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -184,18 +210,9 @@ class TokenData(LightningDataModule):
             stream, batch_size=None, num_workers=self.num_workers, generator=generator, pin_memory=on_gpu
         )
 
-    def _training_texts(self) -> Iterator[str]:
-        """Texts to train a tokenizer on: the beginning of every source, held-out documents left out."""
-        held_out_below = self.val_fraction * 2.0**64
-        sources = self.sources()
-        for source in sources:
-            characters = 0
-            for document in source.documents():
-                if characters * len(sources) >= TRAINING_BYTES:
-                    break
-                if document.key >= held_out_below:
-                    characters += len(document.text)
-                    yield document.text
+
+Lane = tuple[int, int]
+"""(index of the source, number of the lane)"""
 
 
 @dataclass
@@ -203,29 +220,95 @@ class _Position:
     """Shared by the data module and its streams, so that a loader iterated later begins where training is."""
 
     samples: int = 0
+    marks: dict[Lane, Mark] = field(default_factory=dict)
+    """Where each lane was when `samples` were trained, or some time before."""
+    coming: deque[tuple[int, torch.Tensor]] = field(default_factory=deque)
+    """(highest sample, marks int64 (B, 7): source, lane, mark) of batches, until they are trained."""
+
+    def settle(self) -> None:
+        """Take over the marks of the batches that are trained."""
+        while self.coming and self.coming[0][0] < self.samples:
+            for source, lane, *mark in self.coming.popleft()[1].tolist():
+                if source >= 0:
+                    self.marks[source, lane] = tuple(mark)
+
+    def marks_of_all_ranks(self) -> dict[str, list[list[int]]]:
+        """source -> [lane, *mark] of each lane that was read, as plain lists."""
+        self.settle()
+        every = [self.marks]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            every = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, self.marks)
+        latest: dict[Lane, Mark] = {}
+        for marks in every:
+            for lane, mark in marks.items():
+                latest[lane] = max(mark, latest.get(lane, mark))
+        found: dict[str, list[list[int]]] = {}
+        for (source, lane), mark in sorted(latest.items()):
+            found.setdefault(str(source), []).append([lane, *mark])
+        return found
+
+    def restore(self, saved: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        self.coming.clear()
+        self.marks = {
+            (int(source), lane): (window, epoch, unit, piece, position)
+            for source, rows in saved.items()
+            for lane, window, epoch, unit, piece, position in rows
+        }
 
 
 class _TrainingStream(IterableDataset):
     """Micro-batches of one rank. Worker k of n yields numbers k, k + n, ...; the loader asks them in turn."""
 
-    def __init__(self, windows: TrainingWindows, position: _Position, batch_size: int, rank: int, world: int):
-        self.windows, self.position = windows, position
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+    def __init__(self, data: TokenData, windows: dict[str, Windows], rank: int, world: int):
+        self.windows, self.rank, self.world = list(windows.values()), rank, world
+        self.position, self.locate = data._position, data.locate
+        self.batch_size, self.context = data.batch_size, data.context
+        self.faults_told = stores.faults.copy()
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[Batch]:
-        start = self.position.samples
+        self.position.settle()
+        start, marks = self.position.samples, self.position.marks
+        readers = [
+            windows.reader({lane: mark for (number, lane), mark in marks.items() if number == source})
+            for source, windows in enumerate(self.windows)
+        ]
         micro_batch, step = _worker()
-        while True:
-            first = start + (micro_batch * self.world + self.rank) * self.batch_size
-            yield self.windows.batch(first, self.batch_size)
-            micro_batch += step
+        try:
+            while True:
+                first = start + (micro_batch * self.world + self.rank) * self.batch_size
+                yield self._batch(readers, first)
+                micro_batch += step
+        finally:
+            for reader in readers:
+                reader.close()
+
+    def _batch(self, readers: list[WindowReader], first: int) -> Batch:
+        places = [self.locate(sample) for sample in range(first, first + self.batch_size)]
+        for source, reader in enumerate(readers):
+            reader.prepare([window for number, window in places if number == source])
+        rows = Rows(self.batch_size, self.context)
+        seen = [
+            (source, readers[source].read(rows, row, window)) for row, (source, window) in enumerate(places)
+        ]
+        samples = np.arange(first, first + self.batch_size)
+        batch: dict[str, Any] = rows.batch(np.full(self.batch_size, MIXED), samples)
+        if any(lane is not None for _, lane in seen):
+            nothing = (-1,) * 7
+            batch["marks"] = torch.tensor(
+                [nothing if lane is None else (source, *lane) for source, lane in seen]
+            )
+        if faults := stores.faults - self.faults_told:
+            batch["faults"] = dict(faults)
+            self.faults_told = stores.faults.copy()
+        return batch
 
 
 class _ValidationStream(IterableDataset):
-    def __init__(self, windows: ValidationWindows, batch_size: int):
+    def __init__(self, windows: FixedWindows, batch_size: int):
         self.windows, self.batch_size = windows, batch_size
 
     def __len__(self) -> int:

@@ -2,14 +2,19 @@
 
 from typing import Any
 
-from datamodules.base import TokenData
 from datamodules.documents import Source
 from datamodules.errors import BadData
+from datamodules.indexed import IndexedData
+from datamodules.mixture import Mixture
+from datamodules.pixels import Pixels
 from datamodules.python_docs import VAL_FRACTION, standard_library
+from datamodules.streamed import C4, FineWebEdu, Pile
 from datamodules.text_files import TxtDocuments, file_source, find_files
 
+__all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
-class PythonDocs(TokenData):
+
+class PythonDocs(IndexedData):
     """Docstrings and documentation topics (domain "prose") and source (domain "code") of Python's standard
     library.
 
@@ -22,7 +27,7 @@ class PythonDocs(TokenData):
         return [standard_library()]
 
 
-class TextFiles(TokenData):
+class TextFiles(IndexedData):
     """Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst.
 
     Args:

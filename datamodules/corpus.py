@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import lzma
+import math
 import zlib
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -114,52 +116,29 @@ class Corpus:
         return digest.hexdigest()
 
     @cached_property
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """Counts of both sides and what simple models reach on the validation text, in bits per UTF-8 byte.
 
-        A document counts one token more than it has ids: its separator. `unigram_bits_per_byte`: add-one
-        unigram model of the training tokens on all validation targets; `gzip_` and `xz_bits_per_byte` (-9):
-        of each domain's text as one stream, left out when the tokenizer does not keep every byte.
+        See `validation_summary`. `unigram_bits_per_byte`: add-one unigram model of the training tokens on all
+        validation targets.
         """
         table, tokenizer = self.table, self.tokenizer
-        domains = {
-            name: {
-                "val_documents": len(documents),
-                "val_tokens": int((table.length[documents] + 1).sum()),
-                "val_bytes": int(table.n_bytes[documents].sum()),
-            }
-            for name, documents in self.validation_documents.items()
+        summary: dict[str, Any] = {
+            "train_documents": len(self.training_documents),
+            "train_tokens": int((table.length[self.training_documents] + 1).sum()),
+            "train_bytes": int(table.n_bytes[self.training_documents].sum()),
         }
-        total = {
-            key: sum(each[key] for each in domains.values())
-            for key in ("val_documents", "val_tokens", "val_bytes")
-        }
+        held_out = validation_summary(table, self.validation_documents, tokenizer)
         validation = np.concatenate(list(self.validation_documents.values()))
         train_counts, val_counts = self._training_counts(), self._counts(validation)
         val_counts[tokenizer.eot] += len(validation)
         bits = -np.log2((train_counts + 1) / (train_counts.sum() + len(train_counts)))
-        summary: dict[str, object] = {
-            "train_documents": len(self.training_documents),
-            "train_tokens": int((table.length[self.training_documents] + 1).sum()),
-            "train_bytes": int(table.n_bytes[self.training_documents].sum()),
-            **total,
-            "domains": domains,
-            "unigram_bits_per_byte": float((bits * val_counts).sum() / total["val_bytes"]),
-        }
-        if tokenizer.token_bytes is not None:
-            texts = [
-                b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in documents)
-                for documents in self.validation_documents.values()
-            ]
-            summary["gzip_bits_per_byte"] = 8 * sum(_gzip_size(text) for text in texts) / total["val_bytes"]
-            summary["xz_bits_per_byte"] = (
-                8 * sum(len(lzma.compress(text, preset=9)) for text in texts) / total["val_bytes"]
-            )
-        return summary
+        unigram = float((bits * val_counts).sum() / held_out["val_bytes"])
+        return summary | held_out | {"unigram_bits_per_byte": unigram}
 
     def _training_counts(self) -> np.ndarray:
         """How often each id occurs in the training stream, int64 (vocab_size,)."""
-        counts = np.sum([shard.counts for shard in self.table.shards], axis=0)
+        counts = np.sum([shard.counts for shard in self.table.shards if shard.counts is not None], axis=0)
         left_out = np.setdiff1d(np.arange(len(self.table)), self.training_documents)
         counts = counts - self._counts(left_out)
         counts[self.tokenizer.eot] += len(self.training_documents)
@@ -170,6 +149,37 @@ class Corpus:
         for document in documents:
             np.add.at(counts, self.table.tokens(document), 1)
         return counts
+
+
+def validation_summary(
+    table: DocumentTable, documents: dict[str, np.ndarray], tokenizer: Tokenizer, most_bytes: float = math.inf
+) -> dict[str, Any]:
+    """Counts of the validation documents, in all and of each domain, and what compressors reach on them.
+
+    A document counts one token more than it has ids: its separator. `gzip_` and `xz_bits_per_byte` (-9): of
+    each domain's text as one stream, left out when the tokenizer does not keep every byte, or when the text
+    has more than `most_bytes`.
+    """
+    domains = {
+        name: {
+            "val_documents": len(chosen),
+            "val_tokens": int((table.length[chosen] + 1).sum()),
+            "val_bytes": int(table.n_bytes[chosen].sum()),
+        }
+        for name, chosen in documents.items()
+    }
+    keys = ("val_documents", "val_tokens", "val_bytes")
+    total: dict[str, Any] = {key: sum(each[key] for each in domains.values()) for key in keys}
+    summary = total | {"domains": domains}
+    if tokenizer.token_bytes is not None and total["val_bytes"] <= most_bytes:
+        texts = [
+            b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in chosen)
+            for chosen in documents.values()
+        ]
+        summary["gzip_bits_per_byte"] = 8 * sum(_gzip_size(text) for text in texts) / total["val_bytes"]
+        xz = sum(len(lzma.compress(text, preset=9)) for text in texts)
+        summary["xz_bits_per_byte"] = 8 * xz / total["val_bytes"]
+    return summary
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -1,8 +1,19 @@
-"""What the package raises when the user's data or settings are wrong."""
+"""What the package raises when data or settings are wrong, or the data cannot be reached."""
 
 
 class BadData(ValueError):
     """One sentence that names the field, file or line, the value, and what is allowed."""
+
+    def __init__(self, message: str):
+        # A loader's worker process hands its errors on with the traceback in the message: only the last line
+        # is meant for the user.
+        if "\nOriginal Traceback" in message:
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(message)
+
+
+class SourceUnavailable(BadData):
+    """The hub gave no data for the stated time. Nothing is lost: the same command goes on from a checkpoint."""
 
 
 def first_line(error: Exception) -> str:

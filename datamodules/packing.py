@@ -6,7 +6,9 @@ context): the first T are inputs, the last T targets, so each position but the f
 Shapes: B sequences, T tokens.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +24,11 @@ MIXED = -1
 """Domain of a training row, which may hold documents of several."""
 
 Batch = dict[str, torch.Tensor]
+
+Mark = tuple[int, int, int, int, int]
+"""Where a lane of a stream goes on; see `lanes`."""
+LaneMark = tuple[int, int, int, int, int, int]
+"""(lane, *mark)"""
 
 
 class TokenStream:
@@ -57,7 +64,41 @@ class TokenStream:
         if behind == len(self.opens):  # the stream's last token
             opened[-1] = True
         if self.token_bytes is not None:
-            np.take(self.token_bytes, tokens, out=n_bytes)
+            np.take(self.token_bytes, tokens, out=n_bytes, mode="clip")  # "raise" would buffer
+
+
+class WindowReader(Protocol):
+    """Reads the windows of one endless sequence, mostly in rising order."""
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        """Begin to fetch what these windows need."""
+        ...
+
+    def read(self, rows: "Rows", row: int, window: int) -> LaneMark | None:
+        """Fill a row; returns (lane, where it goes on), None where nothing need be remembered."""
+        ...
+
+    def close(self) -> None:
+        """Nothing will be read any more."""
+        ...
+
+
+class Windows(Protocol):
+    """An endless sequence of training windows; its `reader` begins quickly at the marks of an earlier one."""
+
+    def reader(self, marks: Mapping[int, Mark]) -> WindowReader:
+        """`marks`: lane -> where one of its windows begins."""
+        ...
+
+
+class FixedWindows(Protocol):
+    """Windows to validate on."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, first: int, size: int) -> Batch:
+        """Windows first .. first + size - 1, fewer at the end."""
+        ...
 
 
 class TrainingWindows:
@@ -93,13 +134,25 @@ class TrainingWindows:
         self.__dict__.update(state)
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
+    def reader(self, marks: Mapping[int, Mark]) -> "TrainingWindows":
+        return self
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def read(self, rows: "Rows", row: int, window: int) -> None:
+        epoch, index = divmod(window, self.per_epoch)
+        stream, windows = self._epoch(epoch)
+        rows.read(row, stream, int(windows[index]) * self.context)
+
     def batch(self, first: int, size: int) -> Batch:
         """Samples first .. first + size - 1 of the endless sequence."""
-        rows = _Rows(size, self.context)
+        rows = Rows(size, self.context)
         for row, sample in enumerate(range(first, first + size)):
-            epoch, index = divmod(sample, self.per_epoch)
-            stream, windows = self._epoch(epoch)
-            rows.read(row, stream, int(windows[index]) * self.context)
+            self.read(rows, row, sample)
         return rows.batch(np.full(size, MIXED), np.arange(first, first + size))
 
 
@@ -114,9 +167,23 @@ class ValidationWindows:
         self, table: DocumentTable, documents: dict[str, np.ndarray], tokenizer: Tokenizer, context: int
     ):
         self.context = context
-        self.streams = [
-            TokenStream(table, chosen, tokenizer.eot, _per_token(tokenizer)) for chosen in documents.values()
-        ]
+        self.tokenizer = tokenizer
+        self._cut(
+            [
+                TokenStream(table, chosen, tokenizer.eot, _per_token(tokenizer))
+                for chosen in documents.values()
+            ]
+        )
+
+    def followed_by(self, other: "ValidationWindows") -> "ValidationWindows":
+        """The windows of both; the other's domains are numbered behind these."""
+        both = ValidationWindows.__new__(ValidationWindows)
+        both.context, both.tokenizer = self.context, self.tokenizer
+        both._cut([*self.streams, *other.streams])
+        return both
+
+    def _cut(self, streams: list[TokenStream]) -> None:
+        context, self.streams = self.context, streams
         counts = [-(-(stream.length - 1) // context) for stream in self.streams]
         self.domain = np.repeat(np.arange(len(counts)), counts)
         """Domain of each window."""
@@ -129,13 +196,13 @@ class ValidationWindows:
     def batch(self, first: int, size: int) -> Batch:
         """Windows first .. first + size - 1, fewer at the end."""
         samples = np.arange(first, min(first + size, len(self)))
-        rows = _Rows(len(samples), self.context)
+        rows = Rows(len(samples), self.context)
         for row, sample in enumerate(samples):
             rows.read(row, self.streams[self.domain[sample]], int(self.start[sample]))
         return rows.batch(self.domain[samples], samples)
 
 
-class _Rows:
+class Rows:
     """B windows while they are read."""
 
     def __init__(self, size: int, context: int):
@@ -145,6 +212,11 @@ class _Rows:
         self.n_bytes = np.zeros(shape, dtype=np.int64)
         self.filled = np.zeros(size, dtype=np.int64)
 
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays (T + 1,) of a row that will be filled whole: ids, whether they open a document, bytes."""
+        self.filled[row] = self.tokens.shape[1]
+        return self.tokens[row], self.opened[row], self.n_bytes[row]
+
     def read(self, row: int, stream: TokenStream, start: int) -> None:
         n = self.filled[row] = min(self.tokens.shape[1], stream.length - start)
         stream.read(start, self.tokens[row, :n], self.opened[row, :n], self.n_bytes[row, :n])
@@ -152,13 +224,14 @@ class _Rows:
 
     def batch(self, domain: np.ndarray, sample: np.ndarray) -> Batch:
         """tokens, targets int64 (B, T); documents int32 (B, T); n_bytes, domain, sample int64 (B,)."""
-        padded = np.arange(self.tokens.shape[1]) >= self.filled[:, None]
-        targets = np.where(padded, IGNORED, self.tokens)[:, 1:]
+        targets = self.tokens[:, 1:].copy()
+        if (self.filled < self.tokens.shape[1]).any():
+            targets[np.arange(1, self.tokens.shape[1]) >= self.filled[:, None]] = IGNORED
         documents = np.cumsum(self.opened[:, :-1], axis=1, dtype=np.int32) - self.opened[:, :1]
         return {
             "tokens": torch.from_numpy(np.ascontiguousarray(self.tokens[:, :-1])),
-            "targets": torch.from_numpy(np.ascontiguousarray(targets)),
-            "documents": torch.from_numpy(documents.astype(np.int32)),
+            "targets": torch.from_numpy(targets),
+            "documents": torch.from_numpy(documents),
             "n_bytes": torch.from_numpy(self.n_bytes[:, 1:].sum(axis=1)),
             "domain": torch.from_numpy(np.asarray(domain, dtype=np.int64)),
             "sample": torch.from_numpy(np.asarray(sample, dtype=np.int64)),

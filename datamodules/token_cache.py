@@ -1,19 +1,22 @@
 """Tokenized documents on disk: unshuffled, memory-mapped, one folder per source and tokenizer.
 
-An entry T6_HOME/tokens/KEY holds plain little-endian arrays and meta.json, and is written beside and renamed:
+A source is a local file, or one piece (some megabytes) of a streamed file. An entry T6_HOME/tokens/KEY, or
+T6_HOME/tokens/pieces/KEY, holds plain little-endian arrays and meta.json, and is written beside and renamed:
 
     tokens.bin       uint16 (uint32 for large vocabularies) (n_tokens,)   ids of all documents, no separators
     offsets.bin      int64  (n_documents + 1,)   where each document begins in tokens.bin
     n_bytes.bin      int64  (n_documents,)       its UTF-8 bytes
     domain.bin       uint16 (n_documents,)       its domain, an index into meta.json's list
     key.bin          uint64 (n_documents,)       its hash for the train/validation split
-    counts.bin       int64  (vocab_size,)        how often each id occurs
+    counts.bin       int64  (vocab_size,)        how often each id occurs; not for pieces
     token_bytes.bin  uint32 (n_tokens,)          bytes each token covers; only where an id does not tell
 
 KEY hashes the source's identity (for a file: path, size, time of change and how it is cut), the tokenizer's
 fingerprint and this layout. An entry that does not match its meta.json (sizes, SHA-256) is made again.
+Pieces are many: beyond a limit on their bytes those not used for longest are removed.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -52,11 +55,51 @@ class Shard:
     n_bytes: np.ndarray
     domain: np.ndarray
     key: np.ndarray
-    counts: np.ndarray
+    counts: np.ndarray | None
     token_bytes: np.ndarray | None
     domains: list[str]
     checksum: str
     """sha256 (hex) over everything above: the same wherever and whenever it was tokenized."""
+
+
+class PieceCache:
+    """Shards of single pieces, from the cache or tokenized into it; at most `limit` bytes of them stay.
+
+    Several processes and threads may share the folder. A shard in use stays readable when its entry goes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int):
+        self.tokenizer, self.limit = tokenizer, limit
+        self._written = limit  # so that the first entry written looks at what others have left
+
+    def shard(self, source: Source) -> Shard:
+        """The piece, which may hold no document. Raises what reading the source raises."""
+        folder = t6_home() / "tokens" / "pieces" / _key(source, self.tokenizer)
+        shard = _open(folder)
+        if shard is not None:
+            with contextlib.suppress(OSError):
+                os.utime(folder)  # the time of its last use
+            return shard
+        shard = _fill(folder, source, self.tokenizer, None)
+        self._written += _size(folder)
+        if self._written > self.limit // 16:
+            self._written = 0
+            self._remove_oldest(folder.parent)
+        return shard
+
+    def _remove_oldest(self, pieces: Path) -> None:
+        with FileLock(pieces / "removal.lock"):
+            total = 0
+            for entry in sorted(pieces.iterdir(), key=_last_use, reverse=True):
+                if entry.is_dir() and entry.suffix == "":
+                    total += _size(entry)
+                    if total > self.limit:
+                        gone = entry.with_suffix(".gone")
+                        with contextlib.suppress(OSError):
+                            entry.rename(gone)  # in one step, so that nobody opens half of it
+                        shutil.rmtree(gone, ignore_errors=True)
+                elif entry.suffix == ".gone":  # its remover was killed
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard]:
@@ -73,20 +116,38 @@ def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard
         log.info("%d of %d sources come from the token cache.", len(shards), len(sources))
         with TokenizingProgress(len(missing)) as progress:
             for i in missing:
-                shards[i] = _fill(sources[i], tokenizer, progress)
+                shards[i] = _fill(_folder(sources[i], tokenizer), sources[i], tokenizer, progress)
                 progress.finish_source()
     return [shards[i] for i in range(len(sources))]
 
 
+def _key(source: Source, tokenizer: Tokenizer) -> str:
+    text = f"{LAYOUT}\0{source.identity}\0{tokenizer.fingerprint}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def _folder(source: Source, tokenizer: Tokenizer) -> Path:
-    key = hashlib.sha256(f"{LAYOUT}\0{source.identity}\0{tokenizer.fingerprint}".encode()).hexdigest()
-    return t6_home() / "tokens" / key[:32]
+    return t6_home() / "tokens" / _key(source, tokenizer)
 
 
-def _fill(source: Source, tokenizer: Tokenizer, progress: TokenizingProgress) -> Shard:
-    folder = _folder(source, tokenizer)
+def _last_use(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return 0
+
+
+def _fill(folder: Path, source: Source, tokenizer: Tokenizer, progress: TokenizingProgress | None) -> Shard:
+    """Tokenize a source into its folder. Without `progress` it is a piece, which may be empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    # A fixed set of lock files: pieces are too many to have one each.
+    with FileLock(folder.with_name(f"{folder.name[:2]}.lock")):
         if shard := _open(folder):  # another process was faster
             return shard
         # Under the lock nobody else writes this entry: what lies here was left by a process that was killed.
@@ -105,7 +166,7 @@ def _fill(source: Source, tokenizer: Tokenizer, progress: TokenizingProgress) ->
     return shard
 
 
-def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: TokenizingProgress) -> None:
+def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: TokenizingProgress | None) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     by_id = tokenizer.token_bytes
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
@@ -129,20 +190,22 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: Tokeniz
                 if by_id is None:
                     covered.tofile(bytes_file)
             ids = np.concatenate([ids for ids, _ in encoded])
-            counts += np.bincount(ids, minlength=len(counts))
             ids.astype(dtype).tofile(tokens_file)
-            progress.add(source.name, len(documents), len(ids))
-    if not lengths:
+            if progress is not None:
+                counts += np.bincount(ids, minlength=len(counts))
+                progress.add(source.name, len(documents), len(ids))
+    if not lengths and progress is not None:
         raise BadData(f"{source.name} holds no documents.")
     if len(domains) > 1 << 16:
         raise BadData(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
     if by_id is not None:
         (folder / "token_bytes.bin").unlink()
-    np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(folder / "offsets.bin")
+    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
     np.array(n_bytes, dtype=np.int64).tofile(folder / "n_bytes.bin")
     np.array(domain, dtype=np.uint16).tofile(folder / "domain.bin")
     np.array(key, dtype=np.uint64).tofile(folder / "key.bin")
-    counts.tofile(folder / "counts.bin")
+    if progress is not None:
+        counts.tofile(folder / "counts.bin")
     meta = {
         "source": source.name,
         "tokenizer": tokenizer.fingerprint,
@@ -203,7 +266,7 @@ def _open(folder: Path) -> Shard | None:
             n_bytes=_mapped(folder / "n_bytes.bin", "int64"),
             domain=_mapped(folder / "domain.bin", "uint16"),
             key=_mapped(folder / "key.bin", "uint64"),
-            counts=_mapped(folder / "counts.bin", "int64"),
+            counts=_mapped(folder / "counts.bin", "int64") if "counts.bin" in meta["files"] else None,
             token_bytes=_mapped(folder / "token_bytes.bin", "uint32")
             if "token_bytes.bin" in meta["files"]
             else None,
@@ -211,11 +274,15 @@ def _open(folder: Path) -> Shard | None:
             checksum=hashlib.sha256(json.dumps([meta["files"], meta["domains"]]).encode()).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not folder.is_dir():  # removed meanwhile: it was not used for long
+            return None
         log.warning("The token cache entry %s is damaged (%s) and is made again.", folder, error)
         return None
 
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:
+    if path.stat().st_size == 0:  # cannot be mapped
+        return np.zeros(0, dtype=dtype)
     # A plain view of the map: slicing np.memmap itself costs ten times as much.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 

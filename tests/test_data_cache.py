@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from datamodules.documents import Document, Source, hash64
 from datamodules.errors import BadData
 from datamodules.text_files import file_source
-from datamodules.token_cache import cached_shards
+from datamodules.token_cache import PieceCache, cached_shards
 from datamodules.tokenizer import load_tokenizer
 
 
@@ -154,3 +155,75 @@ def test_meta_counts_what_is_there(home):
     meta = json.loads(path.read_text())
     size = sum(len(text.encode()) for text in TEXTS)
     assert (meta["documents"], meta["tokens"], meta["bytes"]) == (len(TEXTS), size, size)
+
+
+def piece(number, size=1000):
+    text = f"{number} " + "x" * size
+    return Source(f"piece {number}", f"identity {number}", lambda: iter([Document(text, "d", hash64(text))]))
+
+
+def entries(home):
+    return sorted(path for path in (home / "tokens" / "pieces").iterdir() if path.is_dir())
+
+
+def test_pieces_not_used_for_longest_go_first(home):
+    tokenizer = load_tokenizer("bytes", 0, list)
+    cache = PieceCache(tokenizer, 10**9)
+    held = cache.shard(piece(0))
+    size = sum(path.stat().st_size for path in entries(home)[0].iterdir())
+    cache = PieceCache(tokenizer, 8 * size + size // 2)
+    for number in range(30):
+        cache.shard(piece(number))
+        cache.shard(piece(0))  # in use all the time
+        time.sleep(0.002)
+    assert 4 <= len(entries(home)) <= 8 + 1
+    assert not list((home / "tokens" / "pieces").glob("*.gone"))
+    assert held.tokens[:2].tolist() == list(b"0 ")  # what is mapped stays readable
+    reads = []
+    cache.shard(Source("piece 0", "identity 0", lambda: reads.append(1) or iter([])))
+    cache.shard(Source("piece 29", "identity 29", lambda: reads.append(1) or iter([])))
+    assert reads == []
+
+
+def test_an_empty_piece_is_kept_like_any_other(home):
+    tokenizer, reads = load_tokenizer("bytes", 0, list), []
+    source = Source("empty", "empty", lambda: reads.append(1) or iter([]))
+    for _ in range(2):
+        assert len(PieceCache(tokenizer, 10**9).shard(source).n_bytes) == 0
+    assert reads == [1]
+
+
+def test_a_damaged_piece_is_made_again(home, caplog):
+    tokenizer = load_tokenizer("bytes", 0, list)
+    before = PieceCache(tokenizer, 10**9).shard(piece(1)).tokens.tolist()
+    path = entries(home)[0] / "tokens.bin"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-4] + b"oops")
+    assert PieceCache(tokenizer, 10**9).shard(piece(1)).tokens.tolist() == before
+    assert "is damaged" in caplog.text
+
+
+def test_processes_fill_and_remove_pieces_at_once(home):
+    code = (
+        "import sys\n"
+        "from datamodules.documents import Document, Source, hash64\n"
+        "from datamodules.token_cache import PieceCache\n"
+        "from datamodules.tokenizer import load_tokenizer\n"
+        "cache = PieceCache(load_tokenizer('bytes', 0, list), 60_000)\n"
+        "for i in range(200):\n"
+        "    text = f'{i % 40} ' + 'x' * 1000\n"
+        "    source = Source('s', f'identity {i % 40}', lambda: iter([Document(text, 'd', hash64(text))]))\n"
+        "    assert bytes(cache.shard(source).tokens.astype('uint8')) == text.encode()\n"
+        "print('good')\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=100)
+        assert out == "good\n", err
+        assert "damaged" not in err

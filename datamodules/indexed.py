@@ -1,0 +1,89 @@
+"""Corpora that are tokenized whole and indexed by document: any window is at hand, nothing is streamed."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from datamodules.base import TokenData
+from datamodules.corpus import Corpus
+from datamodules.documents import Document, Source
+from datamodules.packing import TrainingWindows, ValidationWindows, Windows
+from datamodules.token_cache import cached_shards
+from datamodules.tokenizer_loading import TRAINING_BYTES
+
+
+class IndexedData(TokenData):
+    """A corpus of sources, each tokenized as a whole; see TokenData for the settings."""
+
+    val_fraction: float = 0.0
+    """Share of the training documents that validates instead."""
+
+    def sources(self) -> list[Source]:
+        """What to train on (less `val_fraction` of it). Raises BadData."""
+        raise NotImplementedError
+
+    def validation_sources(self) -> dict[str, list[Source]]:
+        """domain -> what only validates. Raises BadData."""
+        return {}
+
+    @property
+    def domains(self) -> list[str]:
+        return self.corpus.domains
+
+    @property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
+
+    def summary(self) -> dict[str, Any]:
+        """See `Corpus.summary`."""
+        return self.corpus.summary
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenized documents; made on first use, from the cache where it has them."""
+        training = self.sources()
+        validation = self.validation_sources()
+        every = [*training, *(source for sources in validation.values() for source in sources)]
+        shards = iter(cached_shards(every, self.tokenizer))
+        training_shards = [next(shards) for _ in training]
+        validation_shards = {name: [next(shards) for _ in sources] for name, sources in validation.items()}
+        return Corpus(self.tokenizer, training_shards, validation_shards, self.val_fraction, self.val_tokens)
+
+    def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
+        table, documents = self.corpus.table, self.corpus.training_documents
+        documents = documents[~np.isin(table.key[documents], left_out)]
+        return {"text": TrainingWindows(table, documents, self.tokenizer, self.context, self.seed)}
+
+    def validation_windows(self) -> ValidationWindows:
+        return ValidationWindows(
+            self.corpus.table, self.corpus.validation_documents, self.tokenizer, self.context
+        )
+
+    def validation_keys(self) -> np.ndarray:
+        chosen = np.concatenate(list(self.corpus.validation_documents.values()))
+        return np.unique(self.corpus.table.key[chosen])
+
+    def corpus_identity(self) -> str:
+        identity = [source.identity for source in self.sources()]
+        return hashlib.sha256(repr((identity, self.val_fraction)).encode()).hexdigest()
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        """The beginning of every source."""
+        held_out_below = self.val_fraction * 2.0**64
+        sources = self.sources()
+        for source in sources:
+            characters = 0
+            for document in source.documents():
+                if characters * len(sources) >= TRAINING_BYTES:
+                    break
+                if document.key >= held_out_below:
+                    characters += len(document.text)
+                    yield document.text
+
+    def example_documents(self, number: int) -> Iterator[Document]:
+        table, documents = self.corpus.table, self.corpus.training_documents
+        for document in documents[:: max(1, len(documents) // max(1, number))][:number]:
+            yield Document(self.tokenizer.decode(table.tokens(document)), "", int(table.key[document]))

@@ -1,0 +1,237 @@
+"""Images as text: each is its bytes in raster order behind a token for its class. Nothing else is new.
+
+A window is one image: its inputs are the class token and all bytes but the last, its targets the bytes. So bits per
+byte are bits per dimension, and the class itself is never predicted.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.base import TokenData
+from datamodules.documents import Document
+from datamodules.errors import BadData, first_line
+from datamodules.packing import Batch, FixedWindows, Mark, Rows, Windows
+from datamodules.tokenizer import RAW_BYTES, Tokenizer
+
+IDX_IMAGES, IDX_LABELS = 2051, 2049
+"""First numbers of MNIST's idx files."""
+
+
+class Pixels(TokenData):
+    """Images as sequences of byte tokens, with bits per dimension as bits per byte.
+
+    The context is height * width * channels, or the run is refused. Ids: 0-255 the bytes, then a class each.
+
+    Args:
+        images: MNIST's idx file (plain or .gz), a parquet file, or the name of a `datasets` image set.
+        labels: The idx file of the classes; for the others null: the column is found by itself.
+        val_images, val_labels: The same for validation; for a `datasets` name the split (null: test).
+        val_count: At most so many validation images, the first ones; null: all.
+        grey: Make colour images grey.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        val_images: str | None = None,
+        labels: str | None = None,
+        val_labels: str | None = None,
+        val_count: int | None = 1000,
+        grey: bool = False,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        if val_count is not None and val_count < 1:
+            raise BadData(f"val_count: {val_count} is not allowed; allowed: 1 or more, or null for all.")
+        self.images, self.labels = images, labels
+        self.val_images, self.val_labels, self.val_count, self.grey = val_images, val_labels, val_count, grey
+
+    @cached_property
+    def _sets(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """(images uint8 (N, D), classes int64 (N,)) to train on and to validate on."""
+        train = self._read(self.images, self.labels, "train", "images")
+        if self.val_images is None and Path(self.images).expanduser().exists():
+            raise BadData(
+                "val_images: null is not allowed with a local file; name the file of the test images."
+            )
+        named = self.val_images or self.images
+        if not Path(named).expanduser().exists() and self.val_images:
+            named, split = self.images, self.val_images
+        else:
+            split = "test"
+        validation = self._read(named, self.val_labels, split, "val_images")
+        if train[0].shape[1] != validation[0].shape[1]:
+            raise BadData(f"val_images: {named} has images of another size than {self.images}.")
+        if train[0].shape[1] != self.context:
+            raise BadData(
+                f"context: {self.context} is not allowed; allowed: {train[0].shape[1]}, the bytes of an image."
+            )
+        held = {image.tobytes() for image in validation[0][: self.val_count]}
+        keep = np.array([image.tobytes() not in held for image in train[0]])
+        return (train[0][keep], train[1][keep]), (
+            validation[0][: self.val_count],
+            validation[1][: self.val_count],
+        )
+
+    def _read(self, name: str, labels: str | None, split: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+        path = Path(name).expanduser()
+        try:
+            if path.exists() and path.suffix != ".parquet":
+                images = _idx(path, IDX_IMAGES)
+                if labels is None:
+                    raise BadData(f"{field.replace('images', 'labels')}: null is not allowed with idx files.")
+                return images.reshape(len(images), -1), _idx(Path(labels).expanduser(), IDX_LABELS).astype(
+                    np.int64
+                )
+            return self._image_set(path if path.exists() else None, name, split)
+        except BadData:
+            raise
+        except Exception as error:  # of datasets, pyarrow, Pillow, gzip
+            raise BadData(f"{field}: {name} cannot be read: {first_line(error)}.") from error
+
+    def _image_set(self, path: Path | None, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+        import datasets
+
+        loaded: Any = (
+            datasets.load_dataset("parquet", data_files=[str(path)], split="train")
+            if path is not None
+            else datasets.load_dataset(name, split=split)
+        )
+        kinds = {column: type(feature).__name__ for column, feature in loaded.features.items()}
+        image = next((column for column, kind in kinds.items() if kind == "Image"), None)
+        label = next((column for column, kind in kinds.items() if kind == "ClassLabel"), None)
+        if image is None or label is None:
+            raise BadData(f"images: {name} has no column of images and of classes; present: {kinds}.")
+        mode = "L" if self.grey else "RGB"
+        rows = [
+            np.asarray(each.convert(mode) if each.mode != "L" else each).reshape(-1) for each in loaded[image]
+        ]
+        return np.stack(rows), np.array(loaded[label], dtype=np.int64)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        # The classes have ids behind the 256 bytes; the last one of all stands for the separator, which never comes.
+        classes = max(int(labels.max()) for _, labels in self._sets) + 1
+        return Tokenizer(RAW_BYTES, eot=256 + classes)
+
+    @property
+    def domains(self) -> list[str]:
+        _ = self._sets
+        return ["pixels"]
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for images, labels in self._sets:
+            digest.update(json.dumps(images.shape).encode() + images.tobytes() + labels.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._digest
+
+    def summary(self) -> dict[str, Any]:
+        (train, _), (validation, _) = self._sets
+        counts = np.bincount(train.reshape(-1), minlength=256) + 1
+        bits = -np.log2(counts / counts.sum())
+        domain = {
+            "val_documents": len(validation),
+            "val_tokens": validation.size,
+            "val_bytes": validation.size,
+        }
+        return {
+            "train_documents": len(train),
+            "train_tokens": train.size,
+            "train_bytes": train.size,
+            **domain,
+            "domains": {"pixels": domain},
+            "unigram_bits_per_byte": float(bits[validation.reshape(-1)].mean()),
+        }
+
+    def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
+        return {"pixels": ImageWindows(*self._sets[0], self.seed)}
+
+    def validation_windows(self) -> FixedWindows:
+        return ImageValidation(*self._sets[1])
+
+    def validation_keys(self) -> np.ndarray:
+        return np.zeros(0, dtype=np.uint64)  # images are compared when they are read
+
+    def corpus_identity(self) -> str:
+        return self._digest
+
+    def tokenizer_texts(self) -> Iterator[str]:
+        return iter(())
+
+    def example_documents(self, number: int) -> Iterator[Document]:
+        images, labels = self._sets[0]
+        for image, label in zip(images[:number], labels, strict=False):
+            yield Document(f"class {label}: {image[:40].tolist()} ...", "pixels", int(label))
+
+
+class ImageWindows:
+    """The endless sequence of images: every epoch holds each once, in an order drawn for (seed, epoch)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int):
+        self.images, self.labels, self.seed = images, labels, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
+
+    def reader(self, marks: Mapping[int, Mark]) -> "ImageWindows":
+        return self
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def read(self, rows: Rows, row: int, window: int) -> None:
+        epoch, index = divmod(window, len(self.images))
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, rng.permutation(len(self.images))
+        _fill(rows, row, self.images, self.labels, int(self._order[1][index]))
+
+
+class ImageValidation:
+    """The validation images in their order."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, first: int, size: int) -> Batch:
+        samples = np.arange(first, min(first + size, len(self)))
+        rows = Rows(len(samples), self.images.shape[1])
+        for row, sample in enumerate(samples):
+            _fill(rows, row, self.images, self.labels, int(sample))
+        return rows.batch(np.zeros(len(samples), dtype=np.int64), samples)
+
+
+def _fill(rows: Rows, row: int, images: np.ndarray, labels: np.ndarray, image: int) -> None:
+    tokens, opened, n_bytes = rows.row(row)
+    tokens[0], tokens[1:] = 256 + labels[image], images[image]
+    opened[0] = True
+    n_bytes[1:] = 1
+
+
+def _idx(path: Path, magic: int) -> np.ndarray:
+    """The array in an idx file: a big-endian header of magic number and sizes, then bytes."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    n_sizes = magic & 0xFF
+    begin = 4 + 4 * n_sizes
+    header = np.frombuffer(data[:begin].ljust(begin, b"\0"), dtype=">i4").tolist()
+    if header[0] != magic or len(data) != begin + math.prod(header[1:]):
+        what = "images" if magic == IDX_IMAGES else "labels"
+        raise BadData(f"{path} is no idx file of {what}, or is cut.")
+    return np.frombuffer(data, dtype=np.uint8, offset=begin).reshape(header[1:])
