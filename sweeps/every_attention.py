@@ -13,7 +13,7 @@ from t6_lightning.model.attention import AttentionConfig
 from t6_lightning.model.attention.mfa import MFAConfig
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.mla import MLAConfig
-from t6_lightning.presets import load_net, preset_names
+from t6_lightning.presets import load_net, model_presets
 
 tiny = replace(load_net("quickstart"), vocab_size=1024, d_model=96, n_layers=2, context=128)
 baselines: dict[str, AttentionConfig] = {
@@ -25,7 +25,7 @@ baselines: dict[str, AttentionConfig] = {
 }
 variants = {
     name.removeprefix("ablations/"): load_net(name)
-    for name in preset_names()
+    for name in model_presets()
     if name.startswith("ablations/")
 }
 

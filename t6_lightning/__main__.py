@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 
-from datamodules.errors import BadData
+from datamodules.errors import BadData, SourceUnavailable
 from t6_lightning.errors import BadInput
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[command][0])
         return module.main(arguments)
+    except SourceUnavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 75
     except (BadInput, BadData) as error:
         from t6_lightning import ranks
 

@@ -20,6 +20,11 @@ def preset_names() -> list[str]:
     return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
 
 
+def model_presets() -> list[str]:
+    """The presets that describe a model; those of `data/` are combined with one."""
+    return [name for name in preset_names() if not name.startswith("data/")]
+
+
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = (

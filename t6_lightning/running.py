@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 
+from datamodules.errors import SourceUnavailable
 from t6_lightning import checkpoint_files, environment, parallel, ranks, report
 from t6_lightning.callbacks.checkpoints import Interrupted
 from t6_lightning.callbacks.spikes import Diverged
@@ -113,6 +114,9 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
             _explain_divergence(cli, folder, error)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
+    except SourceUnavailable:
+        status, mlflow_status = "interrupted", "KILLED"  # the same command goes on once the hub answers
+        raise
     except ranks.FirstRankFailed:
         pass  # rank 0 says it
     finally:

@@ -17,7 +17,7 @@ from t6_lightning.model.attention.base import Keys, Layout
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.rope import Tables
 from t6_lightning.model.t6 import T6
-from t6_lightning.presets import load_net, preset_names
+from t6_lightning.presets import load_net, model_presets
 
 VARIANTS = variants()
 FAMILIES = one_per_family()
@@ -189,7 +189,7 @@ def test_compiled_equals_eager(name: str) -> None:
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", model_presets())
 def test_presets_have_their_parameters_at_full_size(preset: str) -> None:
     config = load_net(preset)
     with torch.device("meta"):
@@ -197,7 +197,7 @@ def test_presets_have_their_parameters_at_full_size(preset: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == config.n_parameters()
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("paper/xl-")])
+@pytest.mark.parametrize("preset", [name for name in model_presets() if name.startswith("paper/xl-")])
 def test_xl_presets_build_and_run_without_memory(preset: str) -> None:
     """On the meta device; the aim is under 5 s each, printed rather than asserted on a machine that others use."""
     config = dataclasses.replace(load_net(preset), dropout=0.0)

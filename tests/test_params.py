@@ -12,7 +12,7 @@ from t6_lightning import initial
 from t6_lightning.__main__ import main
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.config import T6Config
-from t6_lightning.presets import load_net, preset_names
+from t6_lightning.presets import load_net, model_presets
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict]:
@@ -40,7 +40,7 @@ def test_json_has_every_cost(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_names_all_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [row["preset"] for row in printed(capsys)] == preset_names()
+    assert [row["preset"] for row in printed(capsys)] == model_presets()
 
 
 def test_match_prints_presets_as_they_are_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +148,7 @@ def few_draws(preset: str) -> float:
     return 0.06 if "noncontextual" in preset else 0.03
 
 
-SMALL = [name for name in preset_names() if name.startswith(("quickstart", "ablations/", "paper/small"))]
+SMALL = [name for name in model_presets() if name.startswith(("quickstart", "ablations/", "paper/small"))]
 
 
 @pytest.mark.parametrize("preset", [*SMALL, "paper/xl-tpa", "matched/small-mha-at-small-tpa-cache"])
@@ -158,7 +158,7 @@ def test_predictions_are_what_is_measured(preset: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", model_presets())
 def test_predictions_of_every_preset_are_what_is_measured(preset: str) -> None:
     check(preset, load_net(preset), few_draws(preset))
 

@@ -16,7 +16,7 @@ from t6_lightning.errors import BadInput
 from t6_lightning.model.attention.mla import MLAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.t6 import T6
-from t6_lightning.presets import load_net, preset_names, settings
+from t6_lightning.presets import load_net, model_presets, settings
 
 SIZES = ("small", "medium", "large", "xl")
 
@@ -55,7 +55,7 @@ def test_all_promised_names_are_there() -> None:
     promised |= {
         f"matched/{s}-{m}-at-{s}-gqa-cache" for s in SIZES for m in ("mha", "mla", "tpa", "tpa-kvonly")
     }
-    assert promised <= set(preset_names())
+    assert promised <= set(model_presets())
 
 
 def test_variants_have_the_heads_of_what_they_vary() -> None:
@@ -98,7 +98,7 @@ def test_mfa_has_the_parameters_of_mha(size: str) -> None:
     [("small", 6e-4, 3e-5), ("medium", 3e-4, 6e-5), ("large", 2e-4, 1e-5), ("xl", 1e-4, 1e-5)],
 )
 def test_paper_presets_train_as_table_9_says(size: str, peak: float, last: float) -> None:
-    for name in preset_names():
+    for name in model_presets():
         if not name.startswith((f"paper/{size}", f"matched/{size}")):
             continue
         found = settings(presets.FOLDER / f"{name}.yaml")
@@ -116,7 +116,7 @@ CLAIM = re.compile(
     r"cache (?P<cache>[+-][\d.]+) %,\n# parameters (?P<parameters>[+-][\d.]+) % of (?P<mha>\S+)'s "
     r"(?P<millions>[\d.]+) M\. Changed from (?P<base>\S+):\n"
 )
-MATCHED = [name for name in preset_names() if name.startswith("matched/")]
+MATCHED = [name for name in model_presets() if name.startswith("matched/")]
 
 
 @pytest.mark.parametrize("preset", MATCHED)
@@ -244,7 +244,7 @@ def test_files_that_cannot_be_extended(files: dict[str, str], sentence: str, tmp
 
 def test_quickstart_and_its_ablations_are_alike_but_for_one_thing() -> None:
     base = settings(presets.FOLDER / "quickstart.yaml")
-    for name in (n for n in preset_names() if n.startswith("ablations/")):
+    for name in (n for n in model_presets() if n.startswith("ablations/")):
         assert load_net(name) != load_net("quickstart")
         found = settings(presets.FOLDER / f"{name}.yaml")
         found["model"].pop("net")
@@ -252,7 +252,7 @@ def test_quickstart_and_its_ablations_are_alike_but_for_one_thing() -> None:
 
 
 def test_every_option_of_tpa_has_an_ablation() -> None:
-    configs = [load_net(n).attention for n in preset_names() if n.startswith("ablations/")]
+    configs = [load_net(n).attention for n in model_presets() if n.startswith("ablations/")]
     tpas = [config for config in configs if isinstance(config, TPAConfig)]
     for field, values in {
         "nonlinearity": {"sigmoid", "softmax_heads", "softmax_ranks", "relu2", "topk_heads"},

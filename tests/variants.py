@@ -9,7 +9,7 @@ import torch
 from t6_lightning.model.attention import attention_configs
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
-from t6_lightning.presets import load_net, preset_names
+from t6_lightning.presets import load_net, model_presets
 
 
 def shrunk(config: T6Config) -> T6Config:
@@ -25,7 +25,7 @@ def shrunk(config: T6Config) -> T6Config:
 def variants() -> dict[str, T6Config]:
     """Families at their defaults and shrunk presets by name; equal ones once, under the first name."""
     named = {name: T6Config(attention=family()) for name, family in attention_configs().items()}
-    for name in preset_names():
+    for name in model_presets():
         named[name] = load_net(name)
     distinct: dict[T6Config, str] = {}
     for name, config in named.items():

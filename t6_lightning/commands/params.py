@@ -17,7 +17,7 @@ from t6_lightning.commands.parser import Parser, show_json
 from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.config import T6Config
-from t6_lightning.presets import load_net, preset_names
+from t6_lightning.presets import load_net, model_presets
 
 UNITS = {
     "parameters": "parameters",
@@ -110,7 +110,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.allow and not options.match:
         raise BadInput("--match is missing: --allow says what it may change")
     options.allow = options.allow or ["heads"]
-    options.presets = options.presets or preset_names()
+    options.presets = options.presets or model_presets()
     return options
 
 
