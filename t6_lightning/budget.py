@@ -89,7 +89,9 @@ def _get(config: T6Config, field: str) -> int:
 
 
 def _step(config: T6Config, field: str) -> int:
-    return getattr(config.attention, "n_kv_heads", None) or 1 if field == "n_heads" else 1
+    if field == "n_heads":
+        return getattr(config.attention, "n_kv_heads", None) or 1
+    return 2 if field == "head_dim" else 1
 
 
 def _with(config: T6Config, **values: int) -> T6Config | None:
@@ -138,10 +140,10 @@ class _Search:
     def change(self, config: T6Config) -> float:
         return sum(_change(field, before, _get(config, field)) for field, before in self.before.items())
 
-    def combinations(self) -> Iterator[tuple[float, dict[str, int]]]:
-        """Values of the enumerated fields, with how much they change, least first."""
+    def combinations(self, fields: Sequence[str]) -> Iterator[tuple[float, dict[str, int]]]:
+        """Values of enumerated fields, with how much they change, least first."""
         choices: dict[str, list[tuple[float, int]]] = {}
-        for field in (f for f in self.fields if f in HIGHEST):
+        for field in fields:
             now = self.before[field]
             step = 2 if field == "head_dim" else 1
             values = {now, *range(step, max(HIGHEST[field], 2 * now) + 1, step)}
@@ -201,8 +203,16 @@ class _Search:
 
     def run(self) -> None:
         """Find `best`."""
+        enumerated = [field for field in self.fields if field in HIGHEST]
         solved = [field for field in SOLVED if field in self.fields]
-        for change, values in itertools.islice(self.combinations(), MOST_COMBINATIONS):
+        self.search(enumerated, solved)
+        if "head_dim" in enumerated and (self.best is None or self.best[0][0] > 0):
+            # The target may lie beyond the combinations that change least: solve for head dimensions too.
+            self.search([field for field in enumerated if field != "head_dim"], ["head_dim", *solved])
+
+    def search(self, enumerated: Sequence[str], solved: Sequence[str]) -> None:
+        """Try values of the enumerated fields, solving for others."""
+        for change, values in itertools.islice(self.combinations(enumerated), MOST_COMBINATIONS):
             if self.best is not None and self.best[0][0] == 0 and self.best[0][1] <= change:
                 break  # within tolerance, and whatever comes changes more
             start = self.start(values)

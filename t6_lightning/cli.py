@@ -187,23 +187,27 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def with_config_files(command: str, arguments: list[str]) -> list[str]:
-    """Replace preset names by their files; without `--config`, take the checkpoint's run, or `quickstart`."""
-    resolved: list[str] = []
-    expects_file = False
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if expects_file:
-            resolved.append(str(config_file(argument)))
-        elif option in ("--config", "-c") and equals:
-            resolved.append(f"--config={config_file(value)}")
-        else:
-            resolved.append(argument)
-        expects_file = argument in ("--config", "-c")
-    if any(a.partition("=")[0] in ("--config", "-c") for a in arguments):
-        return resolved
+    """Replace preset names by their files; without `--config`, take the checkpoint's run, or `quickstart`.
+
+    Files come first, in their order: flags win over them wherever they stand on the command line.
+    """
+    files: list[str] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            flags.append(word)
+            continue
+        name = value if equals else next(words, None)
+        if name is None:
+            raise BadInput("--config needs a preset or a YAML file")
+        files.append(f"--config={config_file(name)}")
+    if files:
+        return [*files, *flags]
     if {"-h", "--help"} & set(arguments):
-        return resolved
-    return [f"--config={_default_config(arguments)}", *resolved]
+        return flags
+    return [f"--config={_default_config(arguments)}", *flags]
 
 
 def _default_config(arguments: list[str]) -> Path:

@@ -113,7 +113,7 @@ def _stream_variances(net: T6Config) -> list[float | None]:
     logits = _logits_variance(net)
     attention = net.attention
     nonlinear = isinstance(attention, TPAConfig) and attention.nonlinearity != "none"
-    if logits is None or (nonlinear and "v" in getattr(attention, "nonlinear_on", "")):
+    if logits is None or (nonlinear and attention.acts_on("v")):
         return [first, *[None] * net.n_layers]
     k_TT = first * np.eye(min(N_TOKENS, net.context))
     variances: list[float | None] = [first]

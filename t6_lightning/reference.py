@@ -61,13 +61,18 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{file} holds no state dict of the public code: no {EMBEDDING} or {TIED} is in it")
     state: dict[str, torch.Tensor] = {}
     for name, value in content.items():
+        if not isinstance(name, str):
+            raise BadInput(f"{file} is no state dict of the public code: {name!r} names no weight")
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in state:
             raise BadInput(f"{file} holds {bare} twice, in different wrappings")
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not dense or not value.is_floating_point():
             raise BadInput(
                 f"{file} is no state dict of the public code: {name} is no matrix of floating numbers"
             )
+        if not value.float().isfinite().all():
+            raise BadInput(f"{file} cannot be used: {name} holds numbers that are infinite or not numbers")
         state[bare] = value
     return state
 

@@ -62,6 +62,8 @@ def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
     folder, checkpoint = _where_to_go_on(cli)
     if checkpoint is not None:
         _refuse_other_architecture(cli, checkpoint)
+        if "optimizer_states" not in checkpoint_files.load(checkpoint, whole=False):
+            raise BadInput(f"--ckpt_path={checkpoint} holds weights only: start from it with --init_from")
         if _step_of(checkpoint) > cli.trainer.max_steps:
             raise BadInput(
                 f"trainer.max_steps={cli.trainer.max_steps} is not possible: {checkpoint.name} is further already"

@@ -362,7 +362,7 @@ def test_variance_preserving_gives_q_k_and_v_mhas_variance(change: dict) -> None
             "name some of the letters kv once, as Q is not factorized",
         ),
         (
-            {"factorize_q": False, "nonlinearity": "sigmoid"},
+            {"factorize_q": False, "nonlinearity": "sigmoid", "nonlinear_on": "qkv"},
             "attention.nonlinear_on='qkv' is not possible: name some of the letters kv",
         ),
         (
@@ -387,6 +387,15 @@ def test_variance_preserving_gives_q_k_and_v_mhas_variance(change: dict) -> None
         ),
         ({"nonlinearity": "sigmoid", "temperature": 0}, "attention.temperature=0 is not possible"),
         ({"init": "kaiming"}, "attention.init='kaiming' is not possible: choose one of xavier_reference"),
+        (
+            {"nonlinear_on": "k"},
+            "attention.nonlinear_on='k' is not possible: it names what an attention.nonl",
+        ),
+        (
+            {"feature_dims": 16},
+            "attention.feature_dims=16 is not possible: it must be a list of sizes or null",
+        ),
+        ({"gain_a": float("inf")}, "attention.gain_a=inf is not possible: it must be above 0 and finite"),
         ({"gain_b": -1.0}, "attention.gain_b=-1.0 is not possible: it must be above 0"),
         (
             {"output_gate": "yes"},

@@ -181,3 +181,10 @@ def test_what_cannot_be_met_is_said_in_one_sentence(
     with pytest.raises(BadInput, match=sentence) as caught:
         match(load_net(preset), to, what, allow)
     assert "\n" not in str(caught.value)
+
+
+def test_more_freedom_is_never_worse() -> None:
+    """Head dimensions alone meet this target exactly; with ranks the combinations nearest at hand are all below it."""
+    config, to = load_net("paper/small-tpa"), load_net("paper/small-mha")
+    for allow in (["head_dim"], ["ranks", "head_dim"], ["ranks", "head_dim", "heads"]):
+        assert match(config, to, "cache", allow).gap == 0

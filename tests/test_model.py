@@ -96,8 +96,21 @@ def test_config_survives_the_round_trip_through_plain_types(config: T6Config) ->
     [
         ({"d_modle": 8}, "d_modle is not a field of T6Config: choose from vocab_size, d_model"),
         ({"d_model": 0}, "d_model=0 is not possible"),
+        ({"attention": {"class_path": "TPAConfig", "n_heads": 3}}, "fields stand below init_args"),
+        (
+            {"attention": {"class_path": "TPAConfig", "init_args": {"rope": None}}},
+            "attention.rope=None is not possible: it must be a mapping: the fields of Rope",
+        ),
+        ({"d_model": True}, "d_model=True is not possible"),
+        (
+            {
+                "context": 100_000,
+                "attention": {"class_path": "MHAConfig", "init_args": {"rope": {"decay": 0.98}}},
+            },
+            "rope.decay=0.98 is not possible: over context=100000",
+        ),
         ({"rope_base": "ten"}, "rope_base='ten' is not possible: it must be of type float"),
-        ({"ffn_hidden": "wide"}, "T6Config holds a value of an impossible type"),
+        ({"ffn_hidden": "wide"}, "ffn_hidden='wide' is not possible: it must be an integer >= 1 or null"),
         ({"dropout": 1.0}, r"dropout=1.0 is not possible: it must be at least 0 and below 1"),
         (
             {"attention": {"class_path": "TPA"}},

@@ -32,5 +32,8 @@ def show_json(value: Any, target: str) -> None:
     text = json.dumps(value, indent=2)
     if target == "-":
         sys.stdout.write(text + "\n")
-    else:
+        return
+    try:
         Path(target).write_text(text + "\n")
+    except OSError as error:
+        raise BadInput(f"--json {target} cannot be written: {error.strerror}") from error

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from math import isfinite, log
 from typing import Any, Literal
 
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.attention import AttentionConfig, attention_configs
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,11 @@ class T6Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "context"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, value, "it must be an integer >= 1")
+            require(_is_count(value), name, value, "it must be an integer >= 1")
         hidden = self.ffn_hidden
-        require(hidden is None or hidden >= 1, "ffn_hidden", hidden, "it must be an integer >= 1 or null")
+        require(
+            hidden is None or _is_count(hidden), "ffn_hidden", hidden, "it must be an integer >= 1 or null"
+        )
         require(
             self.output_init in ("zero", "scaled"),
             "output_init",
@@ -51,10 +58,11 @@ class T6Config:
             "choose one of zero, scaled",
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "it must be at least 0 and below 1")
-        require(self.rope_base > 1, "rope_base", self.rope_base, "it must be above 1")
+        base = self.rope_base
+        require(base > 1 and isfinite(base), "rope_base", base, "it must be above 1 and finite")
         decay = self.attention.rope.decay or 1
         require(
-            decay**-self.context < 1e30,
+            -self.context * log(decay) < log(1e30),
             "rope.decay",
             decay,
             f"over context={self.context} keys would grow by {decay}^-{self.context}, beyond float32's range",
@@ -109,20 +117,31 @@ class T6Config:
         Raises:
             BadInput: an unknown field or attention family, or an impossible value.
         """
+        _require_mapping("net", plain, "the fields of a model")
         plain = dict(plain)
-        chosen = plain.pop("attention", None)
+        chosen: Any = plain.pop("attention", None)
         if chosen is not None:
             families = attention_configs()
+            # A class by its name alone is what the command line takes too.
+            chosen = {"class_path": chosen} if isinstance(chosen, str) else chosen
+            _require_mapping("attention", chosen, "a class_path with its init_args")
             name = str(chosen.get("class_path", "")).rpartition(".")[2]
+            beside = sorted(set(chosen) - {"class_path", "init_args"})
+            require(not beside, "attention", beside, "fields stand below init_args")
             require(
                 name in families, "attention.class_path", name, f"choose one of {', '.join(sorted(families))}"
             )
-            plain["attention"] = _build(families[name], chosen.get("init_args", {}), "attention.")
+            plain["attention"] = _build(families[name], chosen.get("init_args") or {}, "attention.")
         return _build(cls, plain, "")
+
+
+def _require_mapping(name: str, value: Any, allowed: str) -> None:
+    require(isinstance(value, dict), name, value, f"it must be a mapping: {allowed}")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """The dataclass `cls` of plain values; a field whose default is a dataclass takes a mapping."""
+    _require_mapping(prefix.rstrip(".") or "net", values, f"the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     built = {}
     for name, value in values.items():
@@ -131,11 +150,12 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
                 f"{prefix}{name} is not a field of {cls.__name__}: choose from {', '.join(fields)}"
             )
         default = fields[name].default
-        if isinstance(value, dict) and dataclasses.is_dataclass(default):
+        if dataclasses.is_dataclass(default):
             value = _build(type(default), value, f"{prefix}{name}.")
         for kind in (bool, int, float, str):
             if type(default) is kind:
                 fits = isinstance(value, (int, float) if kind is float else kind)
+                fits &= kind is bool or not isinstance(value, bool)
                 require(fits, f"{prefix}{name}", value, f"it must be of type {kind.__name__}")
         built[name] = value
     try:

@@ -65,7 +65,7 @@ class Rope:
             "it must be an even number of dimensions, or null for all",
         )
         require(
-            decay is None or 0.9 <= decay <= 1,
+            decay is None or (type(decay) in (int, float) and 0.9 <= decay <= 1),
             "rope.decay",
             decay,
             "it must be from 0.9 to 1, or null for none",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from string import ascii_lowercase
 from typing import Literal, NamedTuple
 
@@ -61,7 +61,7 @@ class TPAConfig(AttentionConfig):
         nonlinearity: φ of head factors, a = φ(W x / temperature): none, sigmoid, softmax_heads (H · softmax
             over heads), softmax_ranks (R · softmax over ranks), relu2 (relu(·)²), topk_heads (softmax_heads cut to
             the top_k largest heads of each rank, with straight-through gradients).
-        nonlinear_on: which of q, k, v it acts on.
+        nonlinear_on: which of q, k, v it acts on, e.g. "kv"; None is all that are factorized.
         temperature: divides what φ is taken of.
         top_k: heads that topk_heads keeps.
         init: initialization of the factors, see `t6_lightning.model.init`.
@@ -93,7 +93,7 @@ class TPAConfig(AttentionConfig):
     rope: Rope = Rope()
     rope_at: Literal["factors", "product"] = "factors"
     nonlinearity: Literal["none", "sigmoid", "softmax_heads", "softmax_ranks", "relu2", "topk_heads"] = "none"
-    nonlinear_on: str = "qkv"
+    nonlinear_on: str | None = None
     temperature: float = 1.0
     top_k: int | None = None
     init: Literal[
@@ -114,6 +114,8 @@ class TPAConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         if self.feature_dims is not None:
+            listed = isinstance(self.feature_dims, (list, tuple))
+            require(listed, "attention.feature_dims", self.feature_dims, "it must be a list of sizes or null")
             object.__setattr__(self, "feature_dims", tuple(self.feature_dims))
         self.check_integers(n_heads=1, head_dim=1, rank_q=1, rank_k=1, rank_v=1, order=2)
         self._check_order()
@@ -132,7 +134,7 @@ class TPAConfig(AttentionConfig):
                 f"order {self.order} needs {self.order - 1} sizes with product head_dim={self.head_dim}",
             )
             return
-        whole = all(isinstance(n, int) and n >= 1 for n in dims)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in dims)
         require(
             whole and len(dims) == self.order - 1 and prod(dims) == self.head_dim,
             "attention.feature_dims",
@@ -148,16 +150,21 @@ class TPAConfig(AttentionConfig):
         parts = "qkv" if self.factorize_q else "kv"
         for field in ("noncontextual_a", "noncontextual_b", "noncontextual_c", "nonlinear_on"):
             value = getattr(self, field)
-            acts = field != "nonlinear_on" or self.nonlinearity != "none"
+            if field == "nonlinear_on" and value is None:
+                continue
             fits = isinstance(value, str) and len(set(value)) == len(value) and set(value) <= set(parts)
             why = "" if self.factorize_q else ", as Q is not factorized"
-            require(
-                fits or not acts, f"attention.{field}", value, f"name some of the letters {parts} once{why}"
-            )
+            require(fits, f"attention.{field}", value, f"name some of the letters {parts} once{why}")
+        require(
+            self.nonlinear_on is None or (self.nonlinearity != "none" and self.nonlinear_on != ""),
+            "attention.nonlinear_on",
+            self.nonlinear_on,
+            "it names what an attention.nonlinearity acts on",
+        )
         if self.nonlinearity == "topk_heads":
             k = self.top_k
             require(
-                isinstance(k, int) and 1 <= k <= self.n_heads,
+                isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= self.n_heads,
                 "attention.top_k",
                 k,
                 f"topk_heads needs 1 to n_heads={self.n_heads}",
@@ -171,7 +178,8 @@ class TPAConfig(AttentionConfig):
             )
         for field in ("temperature", "init_std", "gain_a", "gain_b", "gain_c"):
             value = getattr(self, field)
-            require(value > 0, f"attention.{field}", value, "it must be above 0")
+            fits = not isinstance(value, bool) and value > 0 and isfinite(value)
+            require(fits, f"attention.{field}", value, "it must be above 0 and finite")
         require(
             self.temperature == 1 or self.nonlinearity != "none",
             "attention.temperature",
@@ -217,6 +225,10 @@ class TPAConfig(AttentionConfig):
                 fixed["c"],
                 f"with shared_c name all of {''.join(self.ranks)} or none",
             )
+
+    def acts_on(self, part: str) -> bool:
+        """Whether the nonlinearity acts on q, k or v."""
+        return self.nonlinear_on is None or part in self.nonlinear_on
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -340,7 +352,7 @@ class TPAConfig(AttentionConfig):
         return variances
 
     def _second_moment_of_a(self, part: str, std: float) -> float:
-        chosen = self.nonlinearity if part in self.nonlinear_on else "none"
+        chosen = self.nonlinearity if self.acts_on(part) else "none"
         temperature = self.temperature if chosen != "none" else 1.0
         return second_moment(chosen, std, self.ranks[part], self.n_heads, temperature, self.top_k)
 
@@ -407,7 +419,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def _nonlinear(self, a: torch.Tensor, part: str) -> torch.Tensor:
         c = self.config
-        if part not in c.nonlinear_on:
+        if not c.acts_on(part):
             return a
         return nonlinearity(a, c.nonlinearity, c.temperature, c.top_k)
 
