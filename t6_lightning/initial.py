@@ -112,8 +112,10 @@ def _stream_variances(net: T6Config) -> list[float | None]:
         return [first] * (net.n_layers + 1)
     logits = _logits_variance(net)
     attention = net.attention
-    nonlinear = isinstance(attention, TPAConfig) and attention.nonlinearity != "none"
-    if logits is None or (nonlinear and attention.acts_on("v")):
+    nonlinear_v = (
+        isinstance(attention, TPAConfig) and attention.nonlinearity != "none" and attention.acts_on("v")
+    )
+    if logits is None or nonlinear_v:
         return [first, *[None] * net.n_layers]
     k_TT = first * np.eye(min(N_TOKENS, net.context))
     variances: list[float | None] = [first]
