@@ -27,3 +27,20 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("T6_HOME", str(shared_home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return shared_home
+
+
+# Files are dealt to workers whole, in this order: what takes minutes starts first, and none is left for the end.
+LONG = (
+    "test_readme",
+    "test_attention_contract",
+    "test_distributed",
+    "test_spikes",
+    "test_resume",
+    "test_cli",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order inside a file stays."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
