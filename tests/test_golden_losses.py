@@ -17,8 +17,9 @@ from t6_lightning.model.t6 import T6
 
 FILE = Path(__file__).with_name("golden_losses.txt")
 STEPS, BATCH, TOKENS = 50, 2, 24
-# Processors sum in different orders: after 50 steps the last digits differ. Losses are about 4.
-TOLERANCE = 2e-4
+# Processors sum in different orders. Losses are about 4; with PyTorch's plainest code (ATEN_CPU_CAPABILITY=default) in
+# place of AVX-512 the largest difference over all variants and steps is below 1e-5.
+TOLERANCE = 5e-5
 
 # The other presets have the same mechanisms with other numbers of heads.
 CHOSEN = {
@@ -42,12 +43,12 @@ def batches(vocab_size: int) -> torch.Tensor:
 
 
 def losses(config: T6Config, steps: int = STEPS) -> list[float]:
-    """Training losses in float32 on the CPU with AdamW."""
-    # With zero output matrices most gradients of the first step would be zero, and Adam makes noise of those.
+    """Training losses in float32 on the CPU with SGD: Adam makes large steps of gradients that are mere rounding."""
+    # With zero output matrices most gradients of the first steps would be zero.
     config = dataclasses.replace(config, output_init="scaled")
     torch.manual_seed(0)
     model = T6(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     found = []
     for ids in batches(config.vocab_size)[:steps]:
         loss = model.loss(ids[:, :-1], ids[:, 1:])
