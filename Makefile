@@ -11,7 +11,7 @@ fit: $(VENV)/.ready
 	$(BIN)/python -m t6_lightning fit $(ARGS)
 
 test: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 12 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(ARGS)
 
 prove: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -m prove -s $(ARGS)
