@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 log = logging.getLogger(__name__)
 
-Backend = TypeVar("Backend", bound=Callable[..., torch.Tensor])
+Backend = TypeVar("Backend", bound=Callable[..., Any])
 
 _said: set[tuple[str, str]] = set()
 

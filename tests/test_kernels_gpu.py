@@ -10,6 +10,8 @@ from kernels.attention import attention
 from kernels.contract import contract
 from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
 from kernels.decode.grouped import decode_grouped
+from kernels.factors import query_and_key
+from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.tolerances import assert_close, assert_matches
 
@@ -309,3 +311,38 @@ def test_grouped_decode(backend, H, G, D, E, T, dtype):
         backend="plain",
     )
     assert_close(got, truth, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("B", "K", "N"), [(16, 1024, 1110), (16, 3008, 1024), (17, 2730, 1024), (1, 1024, 2730)]
+)
+@pytest.mark.parametrize("around", [(), ("gate", "norm"), ("residual",)], ids=str)
+def test_linear_of_few_rows(B, K, N, around, dtype):
+    wide = inputs(x=(B, K), w=(N, K), g=(N, K), r=(B, N))
+    x, weight, gate, residual = (
+        (wide[name] * scale).to(dtype) for name, scale in (("x", 1), ("w", K**-0.5), ("g", K**-0.5), ("r", 1))
+    )
+    rest = {
+        "gate_NK": gate if "gate" in around else None,
+        "residual": residual if "residual" in around else None,
+    }
+    eps = 1e-5 if "norm" in around else None
+    got = linear(x, weight, **rest, norm_eps=eps, backend="triton")
+    wide_rest = {name: None if part is None else part.double() for name, part in rest.items()}
+    truth = linear(x.double(), weight.double(), **wide_rest, norm_eps=eps, backend="plain")
+    assert_close(got, truth, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairing", ["halves", "interleaved"])
+def test_query_and_key(pairing, dtype):
+    wide = inputs(a_q=(5, 2, 6, 47), b_q=(5, 2, 6, 64), b_k=(5, 2, 2, 64), angles=(2, 5, 2, 32))
+    factors = tuple(wide[name].to(dtype) for name in ("a_q", "b_q", "b_k"))
+    queries, keys = ((angle.cos().float(), angle.sin().float()) for angle in wide["angles"])
+    got = query_and_key(*factors, queries, keys, pairing=pairing, backend="triton")
+    truth = query_and_key(*(x.double() for x in factors), queries, keys, pairing=pairing, backend="plain")
+    for one, other in zip(got, truth, strict=True):
+        assert_close(one, other, dtype)

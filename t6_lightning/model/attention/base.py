@@ -204,6 +204,10 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
 
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, T, C) to (B, T, C); the new tokens' entries are appended to `cache`."""
+        return self.output(self.attend(x_BTC, layout, cache))
+
+    def attend(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
+        """`forward` before the output matrix, (B, T, H E)."""
         q_BTHD, entries = self.project(x_BTC, layout)
         if cache is not None and layout.seen is not None:
             o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
@@ -220,4 +224,4 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
                 causal=layout.causal,
                 mask=layout.mask,
             )
-        return self.output(self.finish(o_BTHE, x_BTC).flatten(-2))
+        return self.finish(o_BTHE, x_BTC).flatten(-2)

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from kernels.contract import contract, outer
 from kernels.decode import decode
 from kernels.decode.layout import padded_width
+from kernels.factors import query_and_key
+from kernels.linear import linear
 from kernels.rope import rotate
 from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
@@ -423,7 +425,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
         weight = self._merged_weights() if self._frozen is None else self._frozen
         sizes = [f.rank * f.size for f in self.contextual.values()]
-        parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
+        parts = linear(x_BTC, weight).split(sizes, dim=-1)
         factors = {
             name: part.unflatten(-1, (f.rank, f.size))
             for (name, f), part in zip(self.contextual.items(), parts, strict=True)
@@ -474,6 +476,15 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
         factors = self.contextual_factors(x_BTC)
+        if layout.seen is not None and c.factorize_q and c.decodes_in_place:
+            q_BTHD, factors["b_k"] = query_and_key(
+                *self.pair("q", factors, None),
+                factors["b_k"],
+                layout.queries,
+                layout.keys.tables,
+                pairing=c.rope.pairing,
+            )
+            return q_BTHD, {name: factors[name] for name in c.cache_entries()}
         if c.factorize_q:
             q_BTHD = contract(*self.pair("q", factors, layout.queries))
         else:

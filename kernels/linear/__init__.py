@@ -1,0 +1,79 @@
+"""A linear layer with what stands before and after it in a transformer block; on a few rows one launch does all.
+
+Shapes: K inputs, N outputs; leading dimensions of any number.
+"""
+
+import os
+
+import torch
+
+from kernels.decode import TRITON_IS_INSTALLED, is_hopper
+from kernels.dispatch import choose
+from kernels.linear import plain
+
+# More rows are a matrix product for cuBLAS.
+MOST_ROWS = 32
+TRITON_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def linear(
+    x: torch.Tensor,
+    weight_NK: torch.Tensor,
+    *,
+    gate_NK: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """residual + silu(n(x) Gᵀ) ⊙ (n(x) Wᵀ), where gate and residual may be missing and n may be nothing.
+
+    x          (..., K)
+    weight_NK  (N, K), W
+    gate_NK    (N, K), G of SwiGLU
+    residual   (..., N), added at the end
+    norm_eps   n is RMSNorm over K without a weight, with this eps; None for none
+    backend    "auto", "triton" or "plain"
+    returns    (..., N) in x's dtype
+
+    "triton" takes up to 32 rows in half precision on an H100 or later, for decoding; it has no backward pass.
+    Raises ValueError for a backend that is unknown or cannot run.
+    """
+    why_not = _why_not_triton(x, weight_NK, gate_NK, residual)
+    candidates = {"triton": _triton, "plain": plain.linear}
+    run = choose("linear", backend, candidates, {"triton": why_not} if why_not else None)
+    return run(x, weight_NK, gate_NK, residual, norm_eps)
+
+
+def _triton(x, weight_NK, gate_NK, residual, norm_eps) -> torch.Tensor:
+    # Imported here: the package is absent on most machines without a GPU.
+    from kernels.linear import triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    added = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    return triton.linear(rows, weight_NK, gate_NK, added, norm_eps).unflatten(0, x.shape[:-1])
+
+
+def _why_not_triton(
+    x: torch.Tensor, weight_NK: torch.Tensor, gate_NK: torch.Tensor | None, residual: torch.Tensor | None
+) -> str | None:
+    """One sentence, or None where the Triton kernel runs."""
+    given = [part for part in (x, weight_NK, gate_NK, residual) if part is not None]
+    if not TRITON_IS_INSTALLED:
+        return "the package triton is not installed"
+    if torch.compiler.is_compiling():
+        return "the compiler makes its own"
+    if not x.is_cuda and (os.environ.get("TRITON_INTERPRET") != "1" or x.device.type != "cpu"):
+        return "it needs an NVIDIA GPU"
+    if x.is_cuda and not is_hopper():
+        return "it is made for the launches of an H100 or later"
+    if x.shape[:-1].numel() > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} rows"
+    if x.dtype not in TRITON_DTYPES or any(part.dtype != x.dtype for part in given):
+        return "everything must be float16, or everything bfloat16"
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return "autocast chooses dtypes"
+    if torch.is_grad_enabled() and any(part.requires_grad for part in given):
+        return "it has no backward pass"
+    if any(not part.is_contiguous() for part in (weight_NK, gate_NK) if part is not None):
+        return "weights must be contiguous"
+    return None

@@ -1,0 +1,85 @@
+"""Kernels of decoding around attention in Triton's interpreter, against their plain twins in float64.
+
+Shapes: B rows, K inputs, N outputs; T tokens, H heads, D head dimension, R rank of Q, S rank of K.
+"""
+
+import os
+
+import pytest
+import torch
+
+# Before triton is imported; torch may have done that already where it is imported without this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernels.factors import query_and_key
+from kernels.linear import linear
+from kernels.tolerances import assert_close
+
+if torch.cuda.is_available():
+    pytest.skip("compiled for the GPU in this process: see test_kernels_gpu.py", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+if isinstance(triton.language.standard.sum, triton.runtime.JITFunction):
+    pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("B", "K", "N"), [(1, 8, 8), (16, 600, 37), (17, 1025, 21), (3, 64, 130)])
+@pytest.mark.parametrize(
+    "around", [(), ("gate", "norm"), ("residual",), ("gate", "norm", "residual")], ids=str
+)
+def test_linear(B, K, N, around, dtype):
+    x, weight = random(dtype, B, K), random(dtype, N, K) / K**0.5
+    rest = {
+        "gate_NK": random(dtype, N, K).flip(0) / K**0.5 if "gate" in around else None,
+        "residual": random(dtype, B, N + 5)[:, :N] if "residual" in around else None,
+    }
+    eps = 1e-5 if "norm" in around else None
+    got = linear(x, weight, **rest, norm_eps=eps, backend="triton")
+    wide = {name: None if part is None else part.double() for name, part in rest.items()}
+    truth = linear(x.double(), weight.double(), **wide, norm_eps=eps, backend="plain")
+    assert_close(got, truth, dtype)
+
+
+def test_linear_takes_what_it_returned():
+    """Rows of the result may be padded."""
+    x = random(torch.float16, 2, 3, 40)
+    hidden = linear(x, random(torch.float16, 21, 40) / 7, backend="triton")
+    assert hidden.shape == (2, 3, 21)
+    weight = random(torch.float16, 9, 21) / 5
+    got = linear(hidden, weight, backend="triton")
+    assert_close(got, linear(hidden.double(), weight.double(), backend="plain"), torch.float16)
+
+
+def test_what_linear_cannot_run_is_refused_with_the_reason():
+    x, weight = random(torch.float16, 2, 16), random(torch.float16, 8, 16)
+
+    def refused(reason: str, x=x, weight=weight) -> None:
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {reason}"):
+            linear(x, weight, backend="triton")
+
+    refused("it takes at most 32 rows", x=random(torch.float16, 33, 16))
+    refused("everything must be float16", x=x.float())
+    refused("it has no backward pass", weight=weight.clone().requires_grad_())
+    refused("weights must be contiguous", weight=random(torch.float16, 16, 8).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("pairing", ["halves", "interleaved"])
+@pytest.mark.parametrize(("B", "T", "H", "D", "R", "S"), [(2, 1, 47, 64, 6, 2), (1, 3, 5, 24, 1, 3)])
+def test_query_and_key(B, T, H, D, R, S, pairing, dtype):
+    merged = random(dtype, B, T, R * (H + D) + S * D)
+    a_q, b_q, b_k = merged.split([R * H, R * D, S * D], dim=-1)
+    inputs = (a_q.unflatten(-1, (R, H)), b_q.unflatten(-1, (R, D)), b_k.unflatten(-1, (S, D)))
+    angles = random(torch.float64, 2, B, T, D // 2)
+    queries, keys = ((angle.cos().float(), angle.sin().float()) for angle in angles)
+    got = query_and_key(*inputs, queries, keys, pairing=pairing, backend="triton")
+    truth = query_and_key(*(x.double() for x in inputs), queries, keys, pairing=pairing, backend="plain")
+    for name, one, other in zip(("query", "key"), got, truth, strict=True):
+        assert_close(one, other, dtype, name)
