@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 FAULTS = ("drop", "short", "stall", "429", "500", "503")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def digest_of(data: bytes) -> str:
     """SHA-256. Kept: Python hashes bytes for the look-up once, and large files are asked for often."""
     return hashlib.sha256(data).hexdigest()
