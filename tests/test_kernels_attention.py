@@ -109,8 +109,8 @@ def test_inputs_that_do_not_fit_are_refused():
         attention(q, k, v, scale=1.0, causal=False, mask=mask.float())
     with pytest.raises(ValueError, match="mask must be bool"):
         attention(q, k, v, scale=1.0, causal=False, mask=mask[0, 0])
-    with pytest.raises(ValueError, match="unknown backend 'flash'"):
-        attention(q, k, v, scale=1.0, backend="flash")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        attention(q, k, v, scale=1.0, backend="fast")
 
 
 def _suffixed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

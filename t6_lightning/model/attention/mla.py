@@ -129,5 +129,6 @@ class MultiHeadLatentAttention(AttentionLayer[MLAConfig]):
             scale=c.softmax_scale(),
             causal=False,
             mask=layout.mask,
+            backend=layout.attention_backend,
         )
         return torch.einsum("bthl,hdl->bthd", o_BTHL, up_v_HDL.to(o_BTHL.dtype))
