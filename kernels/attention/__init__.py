@@ -87,7 +87,7 @@ def takes_documents(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in HALF and _flash_runs()
 
 
-def _VARLEN(*arguments: object) -> torch.Tensor:  # noqa: N802
+def _VARLEN(*arguments: object) -> torch.Tensor:
     raise AssertionError("it needs other arguments than the rest")
 
 

@@ -114,9 +114,7 @@ def _forward(
             sin = 0.0
             if W > 0:
                 cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-            y1, y2 = _rows(
-                b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK
-            )
+            y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
             a_at = a_ptr + row * a_row + t * a_token
             out_at = out_ptr + n.to(tl.int64) * (H * D)
             for h in tl.static_range(0, H, HEADS):
@@ -153,9 +151,7 @@ def _backward(
             sin = 0.0
             if W > 0:
                 cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-            y1, y2 = _rows(
-                b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK
-            )
+            y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
             a_at = a_ptr + row * a_row + t * a_token
             d_out_at = d_out_ptr + row * d_row + t * d_token
             d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)

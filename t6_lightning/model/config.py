@@ -12,7 +12,6 @@ from t6_lightning.model.attention import AttentionConfig, attention_configs
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 
-
 BACKENDS = ("auto", "triton", "sdpa", "plain")
 FREE = ("attention_backend", "attention_saves")
 """Fields that say how a model is computed, and not what it is."""
@@ -90,7 +89,9 @@ class T6Config:
 
     def _check_factors(self) -> None:
         has_factors = isinstance(self.attention, TPAConfig)
-        require(has_factors, "attention_saves", "factors", f"{self.attention.mechanism} has none: it is for TPA")
+        require(
+            has_factors, "attention_saves", "factors", f"{self.attention.mechanism} has none: it is for TPA"
+        )
 
     @property
     def ffn_width(self) -> int:

@@ -285,7 +285,9 @@ class TPAConfig(AttentionConfig):
         if self.head_dim % 2 or self.head_dim > WIDEST_HEAD:
             return f"the kernels take heads of an even number of features up to {WIDEST_HEAD}, not {self.head_dim}"
         highest = max(self.ranks.values())
-        return None if highest <= HIGHEST_RANK else f"the kernels take ranks up to {HIGHEST_RANK}, not {highest}"
+        return (
+            None if highest <= HIGHEST_RANK else f"the kernels take ranks up to {HIGHEST_RANK}, not {highest}"
+        )
 
     @property
     def caches_rotated_b(self) -> bool:
@@ -462,7 +464,11 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
         factors = self.contextual_factors(x_BTC)
-        q_BTHD = self._contract("q", factors, layout.queries, layout) if c.factorize_q else self._plain_q(x_BTC, layout)
+        q_BTHD = (
+            self._contract("q", factors, layout.queries, layout)
+            if c.factorize_q
+            else self._plain_q(x_BTC, layout)
+        )
         if c.caches_rotated_b:
             factors["b_k"] = rotate(factors["b_k"], *layout.keys.tables, c.rope.pairing)
         return q_BTHD, {name: factors[name] for name in c.cache_entries()}
@@ -556,7 +562,9 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         if c.kv_shift:
             keys = self._shifted("k", *keys, layout.seen.starts)
             values = self._shifted("v", *values, layout.seen.starts)
-        return decode(q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths, backend=layout.backend)
+        return decode(
+            q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths, backend=layout.backend
+        )
 
     def _shifted(
         self, part: str, a: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
