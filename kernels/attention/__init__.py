@@ -22,9 +22,15 @@ OPERATORS = {
 """What these backends run: operators whose results are dear to compute again."""
 
 HALF = (torch.float16, torch.bfloat16)
-# From here on cuDNN's attention is ahead of the one that torch would take, on an H100: 1.36 ms against 1.85 forward
-# and backward at (16, 1024, 47, 64), 2.11 against 3.07 at (8, 2048, 47, 64). `python -m kernels.bench attention`.
-CUDNN_PAYS_FROM = 256
+# Where cuDNN's attention is ahead of flash, which torch takes by itself. Forward and backward of 16,384 tokens in
+# bfloat16 on an H100, cuDNN / flash in ms (torch 2.11; `python -m kernels.bench attention`):
+#     tokens         256           512          1,024         2,048         4,096
+#     47 x 64    1.25 / 1.29   1.38 / 1.44   1.65 / 2.04   2.39 / 3.25   3.86 / 5.67
+#     34 x 64    0.99 / 1.05   1.11 / 1.20   1.34 / 1.58   1.78 / 2.47   2.84 / 4.28
+#     16 x 64    0.70 / 0.65   0.78 / 0.71   0.82 / 0.82   1.03 / 1.33   1.53 / 2.21
+#     16 x 128   0.99 / 0.96   1.01 / 1.02   1.12 / 1.29   1.32 / 2.14   2.25 / 3.71
+CUDNN_PAYS_FROM_TOKENS = 1024
+CUDNN_PAYS_FROM_HEADS = 32
 
 
 def attention(
@@ -106,7 +112,8 @@ def _fastest_first(
         "efficient": partial(sdpa.attention, implementation="efficient"),
     }
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    first = trains and q.shape[1] >= CUDNN_PAYS_FROM and not torch.are_deterministic_algorithms_enabled()
+    ahead = q.shape[1] >= CUDNN_PAYS_FROM_TOKENS or q.shape[2] >= CUDNN_PAYS_FROM_HEADS
+    first = trains and ahead and not torch.are_deterministic_algorithms_enabled()
     return {"varlen": _VARLEN, **(cudnn | others if first else others | cudnn)}
 
 
@@ -142,6 +149,8 @@ def _cannot(
             why[name] = "it names an implementation of torch on NVIDIA GPUs"
     if "flash" not in why and (mask is not None or documents is not None or not half or D != E):
         why["flash"] = "it takes half precision, no mask, and values as wide as keys"
+    if "efficient" not in why and q.shape[2] != k.shape[2]:
+        why["efficient"] = "it shares no heads"
     return why
 
 

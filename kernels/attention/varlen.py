@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N = B T, H heads, G KV heads, D head dimension, E val
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def attention(
     G, E = v_BTGE.shape[2:]
     if E < D:  # the kernel knows one size of heads
         v_BTGE = F.pad(v_BTGE, (0, D - E))
-    options = {"enable_gqa": True} if SHARES_HEADS and G != H else {}
+    options: dict[str, Any] = {"enable_gqa": True} if SHARES_HEADS and G != H else {}
     if G != H and not SHARES_HEADS:
         k_BTGD, v_BTGE = (x.repeat_interleave(H // G, dim=2) for x in (k_BTGD, v_BTGE))
     o_NHD = varlen_attn(

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, N = B T of them, R rank (RP its padding for matrix products), H heads, D head dimension,
 W turned dimensions, P = D/2 pairs.
 
-A program does a few tokens, with all heads in blocks. The head dimension is cut into the two sides of RoPE's pairs,
+A program does one token, with its heads in blocks. The head dimension is cut into the two sides of RoPE's pairs,
 x1 and x2, each a tile of its own: turning is then arithmetic between tiles, in both directions.
 
     forward     out1[h, p] = (1/R) Σ_r a[r, h] y1[r, p],  y = RoPE(b)                             likewise 2
@@ -15,9 +15,8 @@ matrix products are too small to matter (0.1 % of a step's): their inner side is
 """
 
 # Triton's own language is not Python's to a type checker, and the package may be absent.
-# pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false, reportGeneralTypeIssues=false
 
-import math
 import os
 from typing import NamedTuple
 
@@ -29,9 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut up: tokens of a program, heads of a block, warps."""
+    """How a kernel is cut up: heads of a block, warps of a program."""
 
-    tokens: int
     heads: int
     warps: int
 
@@ -90,104 +88,97 @@ def _rows(
     return b1, b2
 
 
-VARYING = ["n_tokens", "T"]
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     a_ptr, b_ptr, cos_ptr, sin_ptr, out_ptr,
-    n_tokens, T, a_row, a_token, b_row, b_token, table_row, table_token,
+    T, a_row, a_token, b_row, b_token, table_row, table_token,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
     A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, UPCAST: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (N, H, D)."""
     first, second = _pairs(P, D, W, INTERLEAVED)
     ranks_R = tl.arange(0, RP)
     live_P = tl.arange(0, P) < D // 2
-    for i in range(TOKENS):
-        n = tl.program_id(0) * TOKENS + i
-        if n < n_tokens:
-            row = (n // T).to(tl.int64)
-            t = (n % T).to(tl.int64)
-            cos = 1.0
-            sin = 0.0
-            if W > 0:
-                cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-            y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
-            a_at = a_ptr + row * a_row + t * a_token
-            out_at = out_ptr + n.to(tl.int64) * (H * D)
-            for h in tl.static_range(0, H, HEADS):
-                heads_H = h + tl.arange(0, HEADS)
-                live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
-                a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
-                a_HR = tl.trans(a_RH)
-                live = (heads_H < H)[:, None] & live_P[None, :]
-                ptrs = out_at + heads_H[:, None] * D
-                out1 = _dot(a_HR, y1, UPCAST) * (1.0 / R)
-                tl.store(ptrs + first[None, :], out1.to(out_ptr.dtype.element_ty), mask=live)
-                out2 = _dot(a_HR, y2, UPCAST) * (1.0 / R)
-                tl.store(ptrs + second[None, :], out2.to(out_ptr.dtype.element_ty), mask=live)
+    n = tl.program_id(0)
+    row = (n // T).to(tl.int64)
+    t = (n % T).to(tl.int64)
+    cos = 1.0
+    sin = 0.0
+    if W > 0:
+        cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
+    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+    a_at = a_ptr + row * a_row + t * a_token
+    out_at = out_ptr + n.to(tl.int64) * (H * D)
+    for h in tl.static_range(0, H, HEADS):
+        heads_H = h + tl.arange(0, HEADS)
+        live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
+        a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
+        a_HR = tl.trans(a_RH)
+        live = (heads_H < H)[:, None] & live_P[None, :]
+        ptrs = out_at + heads_H[:, None] * D
+        out1 = _dot(a_HR, y1, UPCAST) * (1.0 / R)
+        tl.store(ptrs + first[None, :], out1.to(out_ptr.dtype.element_ty), mask=live)
+        out2 = _dot(a_HR, y2, UPCAST) * (1.0 / R)
+        tl.store(ptrs + second[None, :], out2.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["T"])
 def _backward(
     d_out_ptr, a_ptr, b_ptr, cos_ptr, sin_ptr, d_a_ptr, d_b_ptr,
-    n_tokens, T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token,
+    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
     A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, UPCAST: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D)."""
     first, second = _pairs(P, D, W, INTERLEAVED)
     ranks_R = tl.arange(0, RP)
     live_P = tl.arange(0, P) < D // 2
-    for i in range(TOKENS):
-        n = tl.program_id(0) * TOKENS + i
-        if n < n_tokens:
-            row = (n // T).to(tl.int64)
-            t = (n % T).to(tl.int64)
-            cos = 1.0
-            sin = 0.0
-            if W > 0:
-                cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-            y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
-            a_at = a_ptr + row * a_row + t * a_token
-            d_out_at = d_out_ptr + row * d_row + t * d_token
-            d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)
-            g1 = tl.zeros((RP, P), tl.float32)
-            g2 = tl.zeros((RP, P), tl.float32)
-            for h in tl.static_range(0, H, HEADS):
-                heads_H = h + tl.arange(0, HEADS)
-                live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
-                a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
-                live = (heads_H < H)[:, None] & live_P[None, :]
-                ptrs = d_out_at + heads_H[:, None] * d_head
-                d1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
-                d2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
-                g1 += _dot(a_RH, d1, UPCAST)
-                g2 += _dot(a_RH, d2, UPCAST)
-                d_a = _dot(y1, tl.trans(d1), UPCAST) + _dot(y2, tl.trans(d2), UPCAST)
-                d_a = (d_a * (1.0 / R)).to(d_a_ptr.dtype.element_ty)
-                tl.store(d_a_at + ranks_R[:, None] * H + heads_H[None, :], d_a, mask=live_RH)
-            d_b1 = g1
-            d_b2 = g2
-            if W > 0:
-                d_b1 = g1 * cos - g2 * sin
-                d_b2 = g1 * sin + g2 * cos
-            ptrs = d_b_ptr + n.to(tl.int64) * (R * D) + ranks_R[:, None] * D
-            live = (ranks_R < R)[:, None] & live_P[None, :]
-            d_b1 = (d_b1 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
-            d_b2 = (d_b2 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
-            tl.store(ptrs + first[None, :], d_b1, mask=live)
-            tl.store(ptrs + second[None, :], d_b2, mask=live)
+    n = tl.program_id(0)
+    row = (n // T).to(tl.int64)
+    t = (n % T).to(tl.int64)
+    cos = 1.0
+    sin = 0.0
+    if W > 0:
+        cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
+    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+    a_at = a_ptr + row * a_row + t * a_token
+    d_out_at = d_out_ptr + row * d_row + t * d_token
+    d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)
+    g1 = tl.zeros((RP, P), tl.float32)
+    g2 = tl.zeros((RP, P), tl.float32)
+    for h in tl.static_range(0, H, HEADS):
+        heads_H = h + tl.arange(0, HEADS)
+        live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
+        a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
+        live = (heads_H < H)[:, None] & live_P[None, :]
+        ptrs = d_out_at + heads_H[:, None] * d_head
+        d1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
+        d2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
+        g1 += _dot(a_RH, d1, UPCAST)
+        g2 += _dot(a_RH, d2, UPCAST)
+        d_a = _dot(y1, tl.trans(d1), UPCAST) + _dot(y2, tl.trans(d2), UPCAST)
+        d_a = (d_a * (1.0 / R)).to(d_a_ptr.dtype.element_ty)
+        tl.store(d_a_at + ranks_R[:, None] * H + heads_H[None, :], d_a, mask=live_RH)
+    d_b1 = g1
+    d_b2 = g2
+    if W > 0:
+        d_b1 = g1 * cos - g2 * sin
+        d_b2 = g1 * sin + g2 * cos
+    ptrs = d_b_ptr + n.to(tl.int64) * (R * D) + ranks_R[:, None] * D
+    live = (ranks_R < R)[:, None] & live_P[None, :]
+    d_b1 = (d_b1 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
+    d_b2 = (d_b2 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
+    tl.store(ptrs + first[None, :], d_b1, mask=live)
+    tl.store(ptrs + second[None, :], d_b2, mask=live)
 
 
-def choose_launch(H: int, D: int, dtype: torch.dtype, backward: bool) -> Launch:
-    """By what a program must hold; from measurements on an H100."""
-    if dtype == torch.float32 or D > 128:
-        return Launch(tokens=1, heads=16, warps=4)
-    return Launch(tokens=1, heads=64 if 48 < H <= 64 else 16, warps=4)
+def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
+    """The fastest or close to it for 34, 47, 61 and 78 heads, ranks 2 and 6 (H100, bfloat16, D = 64)."""
+    if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
+        return Launch(heads=16, warps=4)
+    return Launch(heads=64, warps=2 if backward else 4)
 
 
 def _shape(a_BTRH: torch.Tensor, b_BTRD: torch.Tensor, cos: torch.Tensor | None, pairing: str) -> dict:
@@ -229,12 +220,12 @@ def forward(
     D = b_BTRD.shape[-1]
     a, b = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD)
     out = torch.empty((B, T, H, D), dtype=a.dtype, device=a.device)
-    tokens, heads, warps = launch or choose_launch(H, D, a.dtype, False)
+    heads, warps = launch or choose_launch(D, a.dtype, False)
     if out.numel():
-        _forward[(math.ceil(B * T / tokens),)](
+        _forward[(B * T,)](
             a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin), out,
-            B * T, T, *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            **_shape(a, b, cos, pairing), TOKENS=tokens, HEADS=heads, num_warps=warps,
+            T, *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -254,12 +245,12 @@ def backward(
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
     d_a = torch.empty((B, T, R, H), dtype=a.dtype, device=a.device)
     d_b = torch.empty((B, T, R, D), dtype=b.dtype, device=b.device)
-    tokens, heads, warps = launch or choose_launch(H, D, a.dtype, True)
+    heads, warps = launch or choose_launch(D, a.dtype, True)
     if d_out.numel():
-        _backward[(math.ceil(B * T / tokens),)](
+        _backward[(B * T,)](
             d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
             d_a, d_b,
-            B * T, T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            **_shape(a, b, cos, pairing), TOKENS=tokens, HEADS=heads, num_warps=warps,
+            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
         )  # fmt: skip
     return d_a, d_b

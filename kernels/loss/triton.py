@@ -55,6 +55,6 @@ def cross_entropy_(
     columns = min(MOST_COLUMNS, triton.next_power_of_2(V))
     _cross_entropy[(N,)](
         logits_NV, targets_N, losses_N, logits_NV.stride(0), ignore_index,
-        V=V, GRADIENT=gradient, COLUMNS=columns, num_warps=max(4, columns // 1024),
+        V=V, GRADIENT=gradient, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
     return losses_N
