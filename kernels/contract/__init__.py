@@ -10,7 +10,7 @@ import torch
 
 from kernels.contract import plain
 from kernels.contract.plain import outer
-from kernels.dispatch import choose
+from kernels.dispatch import choose, product_dtype
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 # The Triton kernel: wider heads or higher ranks leave no room for a block of them on the chip.
@@ -75,14 +75,8 @@ def _triton(
             raise ValueError(f"contract: unknown pairing {pairing!r}; allowed: halves, interleaved")
         if width == 0:
             cos = sin = None
-    dtype = _result_dtype(a_BTRH, b_BTRD)
+    dtype = product_dtype(a_BTRH, b_BTRD)
     return torch.ops.t6_lightning.contract(a_BTRH.to(dtype), b_BTRD.to(dtype), cos, sin, pairing)
-
-
-def _result_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(a.device.type):
-        return torch.get_autocast_dtype(a.device.type)
-    return torch.promote_types(a.dtype, b.dtype)
 
 
 def _why_not_triton(a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor | None) -> str | None:
@@ -92,7 +86,7 @@ def _why_not_triton(a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor | None) 
     # In Triton's interpreter it runs on a CPU, for tests.
     if a.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs an NVIDIA GPU"
-    if _result_dtype(a, b) not in TRITON_DTYPES:
+    if product_dtype(a, b) not in TRITON_DTYPES:
         return "it computes in float16, bfloat16 or float32"
     if b.shape[-1] % 2:
         return "it takes heads of an even number of features"

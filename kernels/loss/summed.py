@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.loss.plain import _product_dtype, default_chunk_tokens
+from kernels.dispatch import product_dtype
+from kernels.loss.plain import default_chunk_tokens
 from kernels.loss.rows import cross_entropy_
 
 # One chunk's logits on a GPU, in the dtype of the product: its matrix products have 4,096 rows or more.
@@ -43,7 +44,7 @@ def linear_cross_entropy_sum(
             f"linear_cross_entropy_sum: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets"
             f" {tuple(targets_N.shape)} must be (N, C), (V, C), (N,)"
         )
-    dtype = _product_dtype(x_NC, weight_VC)
+    dtype = product_dtype(x_NC, weight_VC)
     if chunk_tokens is None:
         most = default_chunk_tokens(V)
         if x_NC.is_cuda:
@@ -73,19 +74,18 @@ class _Sum(torch.autograd.Function):
         d_x_NC = torch.empty_like(x_NC, dtype=dtype) if needs_x else None
         d_weight_VC = torch.zeros_like(weight_VC, dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=x_NC.device)
-        with torch.autocast(x_NC.device.type, enabled=False):
-            for first in range(0, x_NC.shape[0], chunk_tokens):
-                part = slice(first, first + chunk_tokens)
-                x = x_NC[part].to(dtype)
-                logits_NV = F.linear(x, weight)
-                losses_N, d_logits_NV = cross_entropy_(
-                    logits_NV, targets_N[part], ignore_index, needs_x or needs_weight
-                )
-                total += losses_N.sum()
-                if d_x_NC is not None:
-                    torch.mm(d_logits_NV, weight, out=d_x_NC[part])
-                if d_weight_VC is not None:
-                    _add_product_(d_weight_VC, d_logits_NV.t(), x)
+        for first in range(0, x_NC.shape[0], chunk_tokens):
+            part = slice(first, first + chunk_tokens)
+            x = x_NC[part].to(dtype)
+            logits_NV = F.linear(x, weight)
+            losses_N, d_logits_NV = cross_entropy_(
+                logits_NV, targets_N[part], ignore_index, needs_x or needs_weight
+            )
+            total += losses_N.sum()
+            if d_x_NC is not None:
+                torch.mm(d_logits_NV, weight, out=d_x_NC[part])
+            if d_weight_VC is not None:
+                _add_product_(d_weight_VC, d_logits_NV.t(), x)
         ctx.save_for_backward(d_x_NC, d_weight_VC)
         ctx.dtypes = x_NC.dtype, weight_VC.dtype
         return total

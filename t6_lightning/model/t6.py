@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kernels.attention import offsets, takes_documents
+from kernels.dispatch import product_dtype
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from t6_lightning.model.attention import Keys, Layout
 from t6_lightning.model.block import Block, dropout
@@ -119,9 +120,7 @@ class T6(nn.Module):
         positions = torch.arange(n_tokens, device=weight.device)
         mask = documents = None
         if documents_BT is not None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-            if takes_documents(weight.device, dtype):
+            if takes_documents(weight.device, product_dtype(weight, weight)):
                 documents = offsets(documents_BT)
             else:
                 before_TT = positions[:, None] >= positions[None, :]
