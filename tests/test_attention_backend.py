@@ -35,14 +35,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned a, mixture": {"noncontextual_a": "k", "nonlinearity": "softmax_heads"},
     "product": {"rope_at": "product"},
 }
-SHAPES = {(2, 6, 3, 32), (2, 3, 6, 32)}
+SHAPES = {(2, 4, 3, 32), (2, 3, 4, 32)}
 
 
 def net(backend: str = "auto", saves: str = "qkv", **attention: Any) -> T6Config:
     return T6Config(
         vocab_size=97,
         d_model=32,
-        n_layers=2,
+        n_layers=1,
         context=16,
         attention=TPAConfig(3, 32, **attention),
         output_init="scaled",
@@ -57,7 +57,7 @@ def gradients(
     """Of all weights, and how many tensors of the size of Q, K or V were saved for them."""
     torch.manual_seed(0)
     model = T6(config)
-    tokens = torch.randint(97, (2, 6))
+    tokens = torch.randint(97, (2, 4))
     if compiled:
         torch._dynamo.reset()
         for block in model.blocks:
@@ -76,8 +76,9 @@ def gradients(
 
 @interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("saves", ["qkv", "factors"])
-@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize(
+    ("backend", "saves"), [("triton", "qkv"), ("triton", "factors"), ("sdpa", "factors")]
+)
 def test_every_backend_gives_the_plain_gradients(backend, saves, variant):
     expected, _ = gradients(net("plain", **VARIANTS[variant]))
     got, _ = gradients(net(backend, saves, **VARIANTS[variant]))
@@ -87,13 +88,13 @@ def test_every_backend_gives_the_plain_gradients(backend, saves, variant):
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_saved_are_factors_alone(compiled):
-    documents = torch.tensor([[0] * 2 + [1] * 4, [2] * 6])
+    documents = torch.tensor([[0, 1, 1, 1], [2] * 4])
     expected, kept = gradients(net("triton"), documents, compiled)
     got, left = gradients(net("triton", "factors"), documents, compiled)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-    # Two layers: Q, K, V and attention's output; of these the output alone, which eager mode keeps outside the hooks.
-    assert kept >= 2 * 4
-    assert left <= 2
+    # Q, K, V and attention's output; of these the output alone, which eager mode keeps outside the hooks.
+    assert kept >= 4
+    assert left <= 1
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
@@ -108,7 +109,7 @@ def test_generation_follows_the_backend(backend, monkeypatch):
     with torch.no_grad():
         for tokens in ([[1, 2, 3]], [[4]]):
             model(torch.tensor(tokens), cache=cache)
-    assert asked == [backend, backend]
+    assert asked == [backend]
 
 
 @pytest.mark.parametrize(
