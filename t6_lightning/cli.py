@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
 from datamodules.base import TokenData
 from t6_lightning import parallel
+from t6_lightning.backend import check_backend
 from t6_lightning.callbacks.cadence import Cadence
 from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from t6_lightning.callbacks.monitor import Monitor
@@ -229,4 +230,5 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
     command, *rest = arguments
     cli = T6CLI(command, with_config_files(command, rest))
+    check_backend(cli.model.config, cli.trainer.strategy.root_device)
     return getattr(running, command)(cli)

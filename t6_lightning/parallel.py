@@ -126,7 +126,8 @@ def shard(net: T6, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     # Embedding and output matrix stay gathered from the forward to the backward pass.
     fully_shard(net, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(net, "token_losses")
+    for method in ("token_losses", "summed_loss"):
+        register_fsdp_forward_method(net, method)
 
 
 def is_sharded(net: nn.Module) -> bool:

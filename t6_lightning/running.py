@@ -185,6 +185,7 @@ NO_PART_OF_WHAT_IS_COMPUTED = (
     *("data.init_args.num_workers", "data.init_args.batch_size", "checkpoints.keep"),
     *("checkpoints.asynchronous", "checkpoints.sharded"),
     *("model.recompute", "model.compile"),
+    *("model.net.attention_backend", "model.net.attention_saves"),
 )
 """Where a run is logged, and over what it is spread: tokens per step are a setting of their own."""
 
@@ -204,7 +205,7 @@ def _refuse_other_architecture(cli: T6CLI, checkpoint: Path, whole: bool = False
     """
     state = checkpoint_files.load(checkpoint, whole)
     there = dict(_leaves(state["hyper_parameters"]["net"]))
-    here = dict(_leaves(cli.model.config.to_dict()))
+    here = dict(_leaves(cli.model.config.architecture()))
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
     differ = [
         name for name in sorted(there | here) if there.get(name) != here.get(name) and name not in shapeless
