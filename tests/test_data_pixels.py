@@ -140,8 +140,9 @@ def test_images_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
         "print(torch.cat([batch['targets'] for batch in data.val_dataloader()]).tolist())\n"
     )
     with LoopbackHub() as hub:
+        parts = {"train": color_images(30)[1], "test": content}
         hub.add(
-            "some/images", {f"data/{split}-00000-of-00001.parquet": content for split in ("train", "test")}
+            "some/images", {f"data/{split}-00000-of-00001.parquet": file for split, file in parts.items()}
         )
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
