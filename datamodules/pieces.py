@@ -38,7 +38,7 @@ RECIPE = 1
 LINES_BYTES = 2 << 20
 FETCHED_AT_ONCE = (1 << 20, 8 << 20)
 """Stored bytes of a compressed file asked for at a time: at first, and at most on a long way."""
-ROWS_PER_PIECE = 200
+ROWS_PER_PIECE = 50
 ROW_GROUP_BYTES = 64 << 20
 """Stored bytes of a row group's columns up to which they are fetched in one go; larger ones come in parts."""
 HELD_BYTES = 256 << 20

@@ -49,14 +49,15 @@ def finish(cli: T6CLI, folder: RunFolder, trained: T6) -> dict[str, Any]:
     figures = cli.model.figures
     cache, text, speed = sample_text(trained, cli.datamodule, cli.trainer.precision == "bf16-mixed")
     element_bytes = next(iter(cache.tensors.values())).element_size()
-    row_bytes = cache.n_bytes / len(cache.lengths)
+    logical_bytes = cache.logical_bytes / len(cache.lengths)
     mha_elements = net.n_layers * 2 * net.d_model
     once = {
-        "kv_cache/bytes_per_token": row_bytes / cache.capacity,
+        "kv_cache/bytes_per_token": logical_bytes / cache.capacity,
+        "kv_cache/padding_bytes_per_token": cache.padding_bytes / len(cache.lengths) / cache.capacity,
         "kv_cache/predicted_bytes_per_token": net.cache_bytes_per_token(element_bytes),
-        "kv_cache/bytes_at_full_context": row_bytes,
+        "kv_cache/bytes_at_full_context": logical_bytes,
         "kv_cache/predicted_bytes_at_full_context": net.cache_bytes_per_token(element_bytes) * net.context,
-        "kv_cache/ratio_to_mha": row_bytes / cache.capacity / (mha_elements * element_bytes),
+        "kv_cache/ratio_to_mha": logical_bytes / cache.capacity / (mha_elements * element_bytes),
         "decode/tokens_per_second": speed,
         "n_parameters": sum(p.numel() for p in trained.parameters()),
     }

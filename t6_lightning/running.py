@@ -15,7 +15,7 @@ import yaml
 
 from datamodules.errors import SourceUnavailable
 from t6_lightning import checkpoint_files, environment, parallel, ranks, report
-from t6_lightning.callbacks.checkpoints import Interrupted
+from t6_lightning.callbacks.checkpoints import CutOff, Interrupted
 from t6_lightning.callbacks.spikes import Diverged
 from t6_lightning.checkpoint_files import CheckpointError
 from t6_lightning.cli import T6CLI
@@ -111,6 +111,10 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
         code = _after_signal(cli, folder, error.signum)
+    except CutOff as error:
+        status, mlflow_status, code = "interrupted", "KILLED", 75
+        if reason := str(error):
+            print(f"error: {reason}", file=sys.stderr)
     except Diverged as error:
         if ranks.is_first():
             _explain_divergence(cli, folder, error)

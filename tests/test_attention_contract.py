@@ -111,7 +111,8 @@ def test_parameters_and_cache_are_what_the_formulas_say(config: T6Config, model:
     for dtype in (torch.float32, torch.bfloat16):
         cache = model.new_cache(3, 17, dtype)
         assert {name: tuple(tensor.shape[3:]) for name, tensor in cache.tensors.items()} == handed
-        assert cache.n_bytes == 3 * 17 * config.cache_bytes_per_token(dtype.itemsize)
+        assert cache.logical_bytes == 3 * 17 * config.cache_bytes_per_token(dtype.itemsize)
+        assert cache.n_bytes == cache.logical_bytes + cache.padding_bytes
 
 
 def test_flops_are_what_pytorch_counts(config: T6Config, tokens: torch.Tensor) -> None:

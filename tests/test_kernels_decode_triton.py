@@ -40,6 +40,13 @@ def cache(B, T, M, H, S, U, D=32, E=32, dtype=torch.float16) -> dict[str, torch.
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 
+def appended(B, T, H, S, U, D=32) -> tuple[torch.Tensor, ...]:
+    """The factors of the queries' own tokens, as slices of one projection."""
+    widths = [S * H, S * D, U * H, U * D]
+    parts = torch.randn(B, T, sum(widths)).half().split(widths, dim=-1)
+    return tuple(part.unflatten(-1, (n, -1)) for part, n in zip(parts, (S, S, U, U), strict=True))
+
+
 def truth(inputs: dict[str, torch.Tensor], lengths: torch.Tensor | None = None) -> torch.Tensor:
     T, M = inputs["q_BTHD"].shape[1], inputs["b_k_BMSD"].shape[1]
     mask = None if lengths is None else visible(lengths, T, M)
@@ -137,6 +144,68 @@ def test_pages(backend):
     assert_close(got, truth(inputs, lengths), torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("T", "M", "H", "S", "U", "lengths"),
+    [
+        (1, 100, 34, 2, 2, [100, 37]),
+        (3, 100, 47, 2, 1, [100, 3]),
+        (16, 130, 5, 3, 2, [129, 70]),
+        (1, 70, 130, 1, 1, [65, 1]),
+        (2, 40, 5, 1, 1, None),
+    ],
+)
+def test_new_factors_are_appended_first(T, M, H, S, U, lengths):
+    """In the cache afterwards bit for bit, and nothing else is touched."""
+    inputs, new = cache(2, T, M, H, S, U), appended(2, T, H, S, U)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    kept = {name: x.clone() for name, x in inputs.items()}
+    decode(**kept, scale=0.3, lengths=lengths, new=new, backend="plain")
+    got = decode(**inputs, scale=0.3, lengths=lengths, new=new, backend="triton")
+    for name, x in inputs.items():
+        assert torch.equal(x, kept[name]), name
+    assert_close(got, truth(kept, lengths), torch.float16)
+
+
+def test_new_factors_go_into_pages():
+    B, n, N = 2, 2, 64
+    inputs, new = cache(B, 2, n * N, 5, 2, 1), appended(B, 2, 5, 2, 1)
+    pages = torch.randperm(5)[: B * n].view(B, n)
+    paged = {"q_BTHD": inputs["q_BTHD"]}
+    for name, x in list(inputs.items())[1:]:
+        paged[name] = torch.randn(5, N, *x.shape[2:]).to(x.dtype)
+        paged[name][pages] = x.unflatten(1, (n, N))
+    lengths = torch.tensor([65, 128])
+    got = decode(**paged, scale=0.3, lengths=lengths, pages=pages, new=new, backend="triton")
+    decode(**inputs, scale=0.3, lengths=lengths, new=new, backend="plain")
+    assert_close(got, truth(inputs, lengths), torch.float16)
+    for name, x in list(inputs.items())[1:]:
+        assert torch.equal(paged[name][pages].flatten(1, 2), x), name
+
+
+def test_parameters_are_not_appended_to():
+    inputs, new = cache(2, 1, 90, 5, 2, 2), appended(2, 1, 5, 2, 2)
+    for name in ("a_k_BMSH", "a_v_BMUH"):
+        inputs[name] = inputs[name][0, 0].expand(2, 90, -1, -1)
+    new, lengths = (None, new[1], None, new[3]), torch.tensor([90, 41])
+    got = decode(**inputs, scale=0.3, lengths=lengths, new=new, backend="triton")
+    assert torch.equal(inputs["b_k_BMSD"][1, 40], new[1][1, 0])
+    assert_close(got, truth(inputs, lengths), torch.float16)
+
+
+def test_new_factors_of_a_wrong_shape_are_refused():
+    new = appended(2, 1, 5, 2, 2)
+    with pytest.raises(ValueError, match=r"new factors must be \(2, 1, 2, 5\), are \(2, 1, 2, 32\)"):
+        decode(**cache(2, 1, 9, 5, 2, 2), scale=0.3, new=(new[1], *new[1:]))
+
+
+def test_wide_keys_and_values_of_a_latent():
+    """MLA absorbed is TPA of rank 1 whose head factors are ones."""
+    inputs = cache(2, 1, 70, 5, 1, 1, D=288, E=264)
+    for name in ("a_k_BMSH", "a_v_BMUH"):
+        inputs[name] = torch.ones(5, dtype=torch.float16).expand(2, 70, 1, -1)
+    check(inputs, torch.tensor([70, 41]))
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 def test_merge_survives_log_sum_exps_far_apart(order):
     """Segments whose log-sum-exps lie up to 10,000 apart: the largest decides, and nothing becomes NaN."""
@@ -179,5 +248,9 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
     refused("queries and factors must all be", q_BTHD=inputs["q_BTHD"].double())
     refused("the last dimension of every factor", b_k_BMSD=inputs["b_k_BMSD"].mT.contiguous().mT)
     refused("it takes at most 16 query tokens", **cache(2, 17, 9, 3, 1, 1))
-    refused("it takes heads of at most 256", **cache(2, 1, 9, 3, 1, 1, D=264))
+    refused("it takes keys of at most 576", **cache(2, 1, 9, 3, 1, 1, D=584))
+    refused(
+        "it takes keys of at most 576 features and values of at most 512", **cache(2, 1, 9, 3, 1, 1, E=520)
+    )
+    refused("it takes heads of at most 256", **cache(2, 1, 9, 3, 1, 1, D=264, dtype=torch.float32))
     refused("the tokens of a page must be a multiple of 64", pages=torch.zeros(2, 1, dtype=torch.int32))

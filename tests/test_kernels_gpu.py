@@ -9,6 +9,7 @@ import torch
 from kernels.attention import attention, offsets
 from kernels.contract import contract
 from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
+from kernels.decode.grouped import decode_grouped
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.tolerances import assert_close, assert_matches
 
@@ -345,3 +346,71 @@ def test_auto_takes_triton_and_compiles_as_one_operator():
     expected = 2 * decode(**tensors, scale=0.125, lengths=lengths, backend="triton")
     assert torch.equal(attend(lengths), expected)
     assert torch.equal(torch.compile(attend, fullgraph=True)(lengths), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "H", "S", "U"), [(1, 47, 2, 2), (4, 34, 1, 3), (3, 130, 2, 1), (16, 32, 2, 2)])
+def test_triton_decode_appends_new_factors_first(T, H, S, U, dtype):
+    tensors, kept = cache(4, T, 700, H, S, U, dtype=dtype), cache(4, T, 700, H, S, U, dtype=dtype)
+    new = tuple(x.flip(1) for x in list(cache(4, 1, T, H, S, U, dtype=dtype).values())[1:])
+    lengths = torch.tensor([700, T, 131, 402], device="cuda")
+    for _ in range(3):
+        got = decode(**tensors, scale=0.125, lengths=lengths, new=new, backend="triton")
+    decode(**kept, scale=0.125, lengths=lengths, new=new, backend="plain")
+    for name, x in tensors.items():
+        assert torch.equal(x, kept[name]), name
+    assert torch.equal(got, decode(**kept, scale=0.125, lengths=lengths, backend="triton"))
+    check_decode(kept, lengths)
+
+
+@needs_triton
+def test_append_and_decode_compile_without_a_copy_of_the_cache():
+    tensors, lengths = cache(2, 1, 50_000, 34, 2, 2), torch.tensor([300, 9], device="cuda")
+    new = tuple(x.clone() for x in list(cache(2, 1, 1, 34, 2, 2).values())[1:])
+
+    def attend(lengths: torch.Tensor) -> torch.Tensor:
+        return 2 * decode(**tensors, scale=0.125, lengths=lengths, new=new)
+
+    expected = attend(lengths)
+    compiled = torch.compile(attend, fullgraph=True)
+    assert torch.equal(compiled(lengths), expected)
+    tensors["a_k_BMSH"][:, :300] = 1
+    expected = attend(lengths)
+    tensors["a_k_BMSH"][0, 299] = 1
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(compiled(lengths), expected)
+    assert torch.cuda.max_memory_allocated() - before < tensors["a_k_BMSH"].nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(
+    ("backend", "H", "G", "D", "E"),
+    [
+        ("sdpa", 30, 2, 64, 64),
+        ("flash", 30, 2, 64, 64),
+        ("flash", 16, 16, 128, 128),
+        ("flash", 31, 1, 64, 64),
+        pytest.param("triton", 31, 1, 64, 64, marks=needs_triton),
+        pytest.param("triton", 23, 1, 288, 256, marks=needs_triton),
+        pytest.param("triton", 23, 1, 576, 512, marks=needs_triton),
+    ],
+)
+def test_grouped_decode(backend, H, G, D, E, T, dtype):
+    M = 500
+    wide = inputs(q_BTHD=(3, T, H, D), k_BMGD=(3, M, G, D), v_BMGE=(3, M, G, E))
+    if G == 1:
+        wide["v_BMGE"] = wide["k_BMGD"][..., :E]
+    half = {name: x.to(dtype) for name, x in wide.items()}
+    lengths = torch.tensor([M, T, 77], device="cuda")
+    got = decode_grouped(**half, scale=0.05, lengths=lengths, backend=backend)
+    truth = attention(
+        **{name: x.double() for name, x in half.items()},
+        scale=0.05,
+        causal=False,
+        mask=visible(lengths, T, M),
+        backend="plain",
+    )
+    assert_close(got, truth, dtype)

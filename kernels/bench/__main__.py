@@ -68,6 +68,12 @@ def build_parser() -> Parser:
                 action="store_true",
                 help="the Triton kernel over heads, ranks, lengths and layouts beside SDPA (needs a GPU)",
             )
+            sub.add_argument(
+                "--reference",
+                type=Path,
+                metavar="DIR",
+                help="a clone of the paper's public code, whose kernel is timed too (needs a GPU)",
+            )
         else:
             sub.add_argument(
                 "--paper",
@@ -97,7 +103,13 @@ def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.N
     """The backends of one operation at one size. Raises ValueError, in one sentence, for what cannot run."""
     from kernels.bench import cases, report
 
-    plan = cases.plan(operation, given, device=arguments.device, dtype=arguments.dtype)
+    plan = cases.plan(
+        operation,
+        given,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        reference=getattr(arguments, "reference", None),
+    )
     result = report.run(plan, seconds=arguments.seconds)
     return result, report.table(result)
 
@@ -115,7 +127,7 @@ def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace)
     return {"operation": operation, "cases": results}, "\n\n".join(map(report.table, results))
 
 
-def decode_table(device: str | None, sizes: list[str]) -> tuple[dict, str]:
+def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> tuple[dict, str]:
     """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
     import torch
 
@@ -126,8 +138,9 @@ def decode_table(device: str | None, sizes: list[str]) -> tuple[dict, str]:
     if device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
         raise ValueError("--table times the Triton kernel: it needs a CUDA device and the package triton")
     from kernels.bench import decode_table
+    from kernels.bench.others import Reference
 
-    result = decode_table.run(torch.device("cuda"))
+    result = decode_table.run(torch.device("cuda"), reference=Reference(folder) if folder else None)
     return result, decode_table.table(result)
 
 
@@ -144,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         named = [name for name, size in given.items() if size]
         if getattr(arguments, "table", False):
-            result, table = decode_table(arguments.device, named)
+            result, table = decode_table(arguments.device, named, arguments.reference)
         elif getattr(arguments, "paper", False):
             result, table = paper_sizes(arguments.operation, named, arguments)
         else:

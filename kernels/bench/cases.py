@@ -7,6 +7,7 @@ V vocabulary, N tokens flattened.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from kernels import contract as contraction
 from kernels.attention import attention, offsets
+from kernels.bench.others import Reference
 from kernels.contract import contract
 from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
@@ -74,8 +76,17 @@ class Plan:
     rows: list[Row]
 
 
-def plan(operation: str, given: dict[str, int | None], *, device: str | None, dtype: str | None) -> Plan:
+def plan(
+    operation: str,
+    given: dict[str, int | None],
+    *,
+    device: str | None,
+    dtype: str | None,
+    reference: Path | None = None,
+) -> Plan:
     """The rows to time. Sizes, device and dtype that are None take what fits the device.
+
+    With `reference`, a clone of the paper's public code, its kernel is one of the rows of "decode".
 
     Raises ValueError, in one sentence, for a device that is not there and for sizes that do not go together.
     """
@@ -95,7 +106,20 @@ def plan(operation: str, given: dict[str, int | None], *, device: str | None, dt
     torch.manual_seed(0)
     with torch.device(where):
         rows = BUILDERS[operation](sizes, precision)
+    if reference is not None:
+        rows.append(_reference_row(reference, sizes, where, precision))
     return Plan(operation, where, precision, sizes, rows)
+
+
+def _reference_row(folder: Path, sizes: Sizes, where: torch.device, dtype: torch.dtype) -> Row:
+    paper = Reference(folder)
+    if where.type != "cuda" or dtype != torch.bfloat16 or sizes["queries"] > 1:
+        raise ValueError(
+            "--reference: the paper's kernel is timed on a CUDA device, in bfloat16, on one query"
+        )
+    B, M, H, D, R = (sizes[name] for name in ("batch", "context", "heads", "head_dim", "rank"))
+    least_bytes = 2 * B * (M * 2 * R * (H + D) + 2 * H * D)
+    return Row("the paper's kernel", "forward", paper.call(B, M, H, D, R, where), least_bytes)
 
 
 def decode_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:

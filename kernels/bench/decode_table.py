@@ -1,12 +1,13 @@
 """The decode kernel over heads, ranks, lengths and layouts in one run: `python -m kernels.bench decode --table`.
 
 Every time is of CUDA graph replays, per call. A graph's calls go round caches of more than 256 MB together, so that
-none finds its cache in L2, and each call's rows are one token longer than the last one's. Both launches count.
+none finds its cache in L2, and each call appends one token to its rows. Both launches and the append count.
 
 Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, R rank of K and V.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.bench import others
+from kernels.bench.others import Reference
 from kernels.bench.report import environment
 from kernels.bench.timing import copy_bandwidth, median, quantile
 from kernels.decode import decode, layout
+from kernels.decode.grouped import decode_grouped
 
 ROTATED_BYTES = 2.56e8
 MOST_CALLS = 64
@@ -74,6 +78,12 @@ def cases() -> list[Case]:
         Case(47, 64, 2, 1, 4096, group="one row, 4,096 tokens"),
         Case(32, 64, 1, 1, 512, group="one row, 4,096 tokens"),
     ]
+    lengths = [
+        Case(heads, 64, rank, batch, tokens, group="by length")
+        for heads, rank, batch, longest in ((32, 1, 16, 262144), (47, 2, 16, 65536), (32, 1, 1, 262144))
+        for tokens in (1024, 4096, 16384, 65536, 262144)
+        if tokens <= longest
+    ]
     one = [Case(32, 64, 1, 16, 65536), Case(32, 64, 2, 16, 32768), Case(47, 64, 2, 16, 32768)]
     several = [replace(case, queries=4, group="query tokens") for case in one]
     several += [replace(one[1], queries=queries, group="query tokens") for queries in (2, 8, 16)]
@@ -82,11 +92,13 @@ def cases() -> list[Case]:
         for case in one[:2]
         for changes in ({"lengths": "ragged"}, {"pages": 64}, {"lengths": "ragged", "pages": 64})
     ]
-    return large + odd + medium + small + several + other
+    return large + odd + medium + small + several + other + lengths
 
 
-def run(device: torch.device, *, chosen: list[Case] | None = None) -> dict[str, Any]:
-    """Times the cases; seconds and bytes per second.
+def run(
+    device: torch.device, *, chosen: list[Case] | None = None, reference: Reference | None = None
+) -> dict[str, Any]:
+    """Times the cases, beside them the paper's kernel where there is a `reference`; seconds and bytes per second.
 
     Raises AssertionError when a longer cache, another batch or another capacity compiled a kernel anew.
     """
@@ -107,7 +119,7 @@ def run(device: torch.device, *, chosen: list[Case] | None = None) -> dict[str, 
         times = _tpa_times(case, device)
         key = (case.heads, case.head_dim, case.batch, case.tokens, case.queries)
         if key not in baselines:
-            baselines[key] = _baselines(case, device)
+            baselines[key] = _baselines(case, device, reference)
         row = {
             **asdict(case),
             "cache_bytes": case.n_bytes,
@@ -117,6 +129,7 @@ def run(device: torch.device, *, chosen: list[Case] | None = None) -> dict[str, 
             **baselines[key],
         }
         result["rows"].append(row)
+    result["others"] = [] if chosen else _others(device, result["copy_bytes_per_second"])
     by_case = {tuple(row[name] for name in Case.__dataclass_fields__): row for row in result["rows"]}
     for row in result["rows"]:
         # The same work by one query, or dense: what several queries, ragged rows and pages cost.
@@ -140,16 +153,17 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"**{group}**",
             "",
-            "| h, d_h, R | B | tokens | T | layout | MB | µs | of copy | plain | GQA-8 | MQA | to one dense query |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| h, d_h, R | B | tokens | T | layout | MB | µs | of copy | plain | GQA-8 | MQA | paper's | to one dense"
+            " query |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in result["rows"]:
             if row["group"] != group:
                 continue
             how = [row["layout"], row["lengths"] * (row["lengths"] != "even"), "paged" * (row["pages"] > 0)]
             ratios = [
-                f"{row[name] / row['median_s']:.2f}×" if row[name] else ""
-                for name in ("plain_s", "gqa8_s", "mqa_s")
+                f"{row[name] / row['median_s']:.2f}×" if row.get(name) else ""
+                for name in ("plain_s", "gqa8_s", "mqa_s", "reference_s")
             ]
             to_one = row["times_one_dense_query"]
             lines.append(
@@ -158,7 +172,70 @@ def table(result: dict[str, Any]) -> str:
                 f" {row['median_s'] * 1e6:.1f} | {row['share_of_copy_bandwidth']:.1%} | {' | '.join(ratios)} |"
                 f" {f'{to_one:.2f}×' if to_one else ''} |"
             )
+    if result.get("others"):
+        lines += [
+            "",
+            "**other mechanisms**",
+            "",
+            "| what | B | tokens | MB | µs | of copy |",
+            "| --- " * 6 + "|",
+        ]
+        lines += map(_other_line, result["others"])
     return "\n".join(lines)
+
+
+def _other_line(row: dict[str, Any]) -> str:
+    case = f"| {row['what']} | {row['batch']} | {row['tokens']:,} |"
+    if "why_not" in row:
+        return f"{case} | {row['why_not']} | |"
+    share = row["share_of_copy_bandwidth"]
+    return f"{case} {row['cache_bytes'] / 1e6:.0f} | {row['median_s'] * 1e6:.1f} | {share:.1%} |"
+
+
+def _others(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
+    """MLA, absorbed, by our kernel, and MLA and GQA by FlashInfer where it is installed, 32 heads."""
+    # name, elements of a token, how to make a call
+    mechanisms: list[tuple[str, int, Callable[[int, int], Callable[[], torch.Tensor]]]] = [
+        ("MLA of 256 + 32, Triton", 288, lambda batch, tokens: _mla(batch, tokens, 256, 32, device)),
+        ("MLA of 512 + 64, Triton", 576, lambda batch, tokens: _mla(batch, tokens, 512, 64, device)),
+    ]
+    if others.FLASHINFER_IS_INSTALLED:
+        mechanisms += [
+            (
+                "MLA of 512 + 64, FlashInfer",
+                576,
+                lambda batch, tokens: others.flashinfer_mla(batch, tokens, 32, device),
+            ),
+            (
+                "GQA of 8 x 64, FlashInfer",
+                1024,
+                lambda batch, tokens: others.flashinfer_grouped(batch, tokens, 32, 8, 64, device),
+            ),
+        ]
+    rows = []
+    for batch, tokens in ((16, 65536), (1, 65536)):
+        for what, elements, make in mechanisms:
+            torch.cuda.empty_cache()
+            size = batch * tokens * elements * 2
+            row: dict[str, Any] = {"what": what, "batch": batch, "tokens": tokens, "cache_bytes": size}
+            try:
+                n_caches = max(1, math.ceil(ROTATED_BYTES / size))
+                made = [make(batch, tokens) for _ in range(n_caches)]
+                row["median_s"] = median(graph_times([made[i % n_caches] for i in range(max(4, n_caches))]))
+                row["share_of_copy_bandwidth"] = size / row["median_s"] / bandwidth
+            # A library that builds itself at its first call can fail in any way: the table goes on without it.
+            except Exception as error:
+                row["why_not"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            rows.append(row)
+    return rows
+
+
+def _mla(B: int, M: int, width: int, turned: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    latent = torch.randn(B, M, 1, width + turned, device=device, dtype=torch.bfloat16)
+    q = torch.randn(B, 1, 32, width + turned, device=device, dtype=torch.bfloat16)
+    lengths = torch.full((B,), M, device=device)
+    scale = (64 + turned) ** -0.5
+    return lambda: decode_grouped(q, latent, latent[..., :width], scale=scale, lengths=lengths)
 
 
 def _groups(result: dict[str, Any]) -> list[str]:
@@ -204,6 +281,12 @@ def _tpa_times(case: Case, device: torch.device) -> list[float]:
         caches = [_factors(case, device, pages.numel(), case.pages) for _ in range(n_caches)]
     else:
         caches = [_factors(case, device, case.batch, capacity) for _ in range(n_caches)]
+    a_k, a_v = torch.randn(
+        2, case.batch, case.queries, case.rank, case.heads, device=device, dtype=torch.bfloat16
+    )
+    b_k, b_v = torch.randn(
+        2, case.batch, case.queries, case.rank, case.head_dim, device=device, dtype=torch.bfloat16
+    )
     calls = [
         lambda i=i: decode(
             q,
@@ -211,6 +294,7 @@ def _tpa_times(case: Case, device: torch.device) -> list[float]:
             scale=case.head_dim**-0.5,
             lengths=lengths[i],
             pages=pages,
+            new=(a_k, b_k, a_v, b_v),
             backend="triton",
         )
         for i in range(n_calls)
@@ -218,9 +302,9 @@ def _tpa_times(case: Case, device: torch.device) -> list[float]:
     return graph_times(calls)
 
 
-def _baselines(case: Case, device: torch.device) -> dict[str, float | None]:
-    """Seconds of one call: the plain twin, and SDPA over as many tokens with 8 and with 1 KV heads."""
-    found: dict[str, float | None] = {"plain_s": None, "gqa8_s": None, "mqa_s": None}
+def _baselines(case: Case, device: torch.device, reference: Reference | None) -> dict[str, float | None]:
+    """Seconds of one call: the plain twin, SDPA over as many tokens with 8 and with 1 KV heads, the paper's kernel."""
+    found: dict[str, float | None] = {"plain_s": None, "gqa8_s": None, "mqa_s": None, "reference_s": None}
     torch.cuda.empty_cache()
     B, T, H, D, M = case.batch, case.queries, case.heads, case.head_dim, case.tokens
     q_BHTD = torch.randn(B, H, T, D, device=device, dtype=torch.bfloat16)
@@ -238,7 +322,16 @@ def _baselines(case: Case, device: torch.device) -> dict[str, float | None]:
             lambda k=k, v=v: F.scaled_dot_product_attention(q_BHTD, k, v, enable_gqa=True) for k, v in turns
         ]
         found[name] = median(graph_times(calls))
-    if T == 1:
+    if T == 1 and reference is not None:
+        torch.cuda.empty_cache()
+        size = B * M * 2 * case.rank * (H + D) * 2
+        n_caches = min(MOST_CALLS, max(1, math.ceil(ROTATED_BYTES / size)))
+        try:
+            made = [reference.call(B, M, H, D, case.rank, device) for _ in range(n_caches)]
+            found["reference_s"] = median(graph_times([made[i % n_caches] for i in range(max(4, n_caches))]))
+        except Exception as error:  # not all sizes compile
+            print(f"the paper's kernel at {case}: {type(error).__name__}", file=sys.stderr)
+    if T == 1 and case.group != "by length":
         factors = _factors(replace(case, layout="split"), device, B, M)
         q_BTHD = q_BHTD.transpose(1, 2)
         run = torch.no_grad()(lambda: decode(q_BTHD, *factors, scale=D**-0.5, backend="plain"))

@@ -17,7 +17,12 @@ TRITON_IS_INSTALLED = find_spec("triton") is not None
 # The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
 MOST_QUERIES = 16
 WIDEST_HEAD = 256
+# In half precision, for MLA's latent and turned key, and its latent.
+WIDEST_KEY, WIDEST_VALUE = 576, 512
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# The factors of new tokens, in the order a_k, b_k, a_v, b_v.
+New = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def decode(
@@ -31,6 +36,7 @@ def decode(
     mask: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
+    new: New | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale · q Kᵀ) V with K = (1/S) Σ_s a_s ⊗ b_s and V = (1/U) Σ_u a_u ⊗ b_u (algorithms 1-3).
@@ -46,6 +52,9 @@ def decode(
               together with `mask`; with neither, all of the cache is visible to every query
     pages     integers (B, n): the factors are (P, N, ...) and row b holds pages[b, 0], pages[b, 1], ..., so that
               M = n N. An index beyond what `lengths` uses must still be a page
+    new       the factors (B, T, rank, width) of the queries' own tokens, in the order of the factors, None for one that
+              is no cache: written into the factors first, as the last T tokens of each row. "triton" does both in
+              one launch. No gradient flows through them
     backend   "auto", "triton", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
@@ -85,12 +94,16 @@ def decode(
         raise ValueError("decode: lengths and mask both say what is visible: give one of them")
 
     factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE)
-    why_not = _why_not_triton(q_BTHD, factors, mask, pages)
+    if new is not None:
+        _check_new(new, factors, B, T)
+    why_not = why_not_triton(q_BTHD, factors, mask, pages, new)
     run = choose(
         "decode", backend, _fastest_first(T, q_BTHD.device.type), {"triton": why_not} if why_not else None
     )
     if run is _triton:
-        return _triton(q_BTHD, *factors, scale, lengths, pages)
+        return _triton(q_BTHD, *factors, scale, lengths, pages, new)
+    if new is not None:
+        _append(new, factors, lengths, pages)
     if pages is not None:
         factors = tuple(x[pages].flatten(1, 2) for x in factors)
     if lengths is not None:
@@ -104,45 +117,86 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
 
 
+def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:
+    for part, factor in zip(new, factors, strict=True):
+        if part is not None and part.shape != (B, T, *factor.shape[2:]):
+            raise ValueError(
+                f"decode: new factors must be {(B, T, *factor.shape[2:])}, are {tuple(part.shape)}"
+            )
+
+
+def _append(
+    new: New, factors: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, pages: torch.Tensor | None
+) -> None:
+    """Write `new` (B, T, ...) into the factors as the last tokens of each row."""
+    first = next(part for part in new if part is not None)
+    B, T = first.shape[:2]
+    if lengths is None:
+        M = factors[0].shape[1] * (1 if pages is None else pages.shape[1])
+        lengths = torch.full((B,), M, device=first.device)
+    tokens_BT = lengths[:, None] + torch.arange(-T, 0, device=first.device)
+    rows_BT = torch.arange(B, device=first.device)[:, None]
+    if pages is not None:
+        N = factors[0].shape[1]
+        rows_BT, tokens_BT = pages[rows_BT, tokens_BT // N], tokens_BT % N
+    for part, factor in zip(new, factors, strict=True):
+        if part is not None:
+            factor[rows_BT, tokens_BT] = part.detach().to(factor.dtype)
+
+
 def _integers(x: torch.Tensor) -> bool:
     return x.dtype in (torch.int32, torch.int64)
 
 
-def _triton(*arguments) -> torch.Tensor:
+def _triton(q, a_k, b_k, a_v, b_v, scale, lengths=None, pages=None, new: New | None = None) -> torch.Tensor:
+    arguments = (q, a_k, b_k, a_v, b_v, scale, lengths, pages)
     if torch.compiler.is_compiling():
+        if new is None:
+            return torch.ops.t6_lightning.tpa_decode(*arguments)
+        if None not in new:
+            return torch.ops.t6_lightning.tpa_append_and_decode(*arguments, *new)
+        _append(new, (a_k, b_k, a_v, b_v), lengths, pages)
         return torch.ops.t6_lightning.tpa_decode(*arguments)
     # Imported here: the package is absent on most machines without a GPU.
     from kernels.decode import triton
 
-    return triton.decode(*arguments)
+    return triton.decode(*arguments, new=new)
 
 
-# One operator for torch.compile, which cannot follow how the kernels are launched.
+# Operators for torch.compile, which cannot follow how the kernels are launched. Two, because the compiler must be
+# told what is written.
 _library = torch.library.Library("t6_lightning", "FRAGMENT")
 _library.define(
     "tpa_decode(Tensor q, Tensor a_k, Tensor b_k, Tensor a_v, Tensor b_v, float scale, Tensor? lengths,"
     " Tensor? pages) -> Tensor"
 )
-_library.impl("tpa_decode", _triton, "CUDA")
-torch.library.register_fake(
-    "t6_lightning::tpa_decode",
-    lambda q, a_k, b_k, a_v, b_v, *_: q.new_empty(*q.shape[:3], b_v.shape[-1]),
-    lib=_library,
+_library.define(
+    "tpa_append_and_decode(Tensor q, Tensor(a!) a_k, Tensor(b!) b_k, Tensor(c!) a_v, Tensor(d!) b_v, float scale,"
+    " Tensor? lengths, Tensor? pages, Tensor new_a_k, Tensor new_b_k, Tensor new_a_v, Tensor new_b_v) -> Tensor"
 )
+_library.impl("tpa_decode", _triton, "CUDA")
+_library.impl("tpa_append_and_decode", lambda *arguments: _triton(*arguments[:8], new=arguments[8:]), "CUDA")
+for _name in ("tpa_decode", "tpa_append_and_decode"):
+    torch.library.register_fake(
+        f"t6_lightning::{_name}",
+        lambda q, a_k, b_k, a_v, b_v, *_: q.new_empty(*q.shape[:3], b_v.shape[-1]),
+        lib=_library,
+    )
 
 
 @torch.compiler.assume_constant_result
-def _is_hopper() -> bool:
+def is_hopper() -> bool:
     """Compute capability 9 or later with as much shared memory: what the kernel is cut for."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return found.major >= 9 and found.shared_memory_per_block_optin >= 227 * 1024
 
 
-def _why_not_triton(
+def why_not_triton(
     q_BTHD: torch.Tensor,
     factors: tuple[torch.Tensor, ...],
-    mask: torch.Tensor | None,
-    pages: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    new: New | None = None,
 ) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
     _, T, _, D = q_BTHD.shape
@@ -154,18 +208,21 @@ def _why_not_triton(
         torch.compiler.is_compiling() or os.environ.get("TRITON_INTERPRET") != "1"
     ):
         return "it needs an NVIDIA GPU"
-    if q_BTHD.device.type == "cuda" and not _is_hopper():
+    if q_BTHD.device.type == "cuda" and not is_hopper():
         return "it is made for the shared memory and launches of an H100 or later"
     if mask is not None:
         return "it takes lengths, not a mask"
-    if any(x.dtype != q_BTHD.dtype for x in factors) or q_BTHD.dtype not in TRITON_DTYPES:
+    written = [x for x in new or () if x is not None]
+    if any(x.dtype != q_BTHD.dtype for x in (*factors, *written)) or q_BTHD.dtype not in TRITON_DTYPES:
         return "queries and factors must all be float16, all bfloat16 or all float32"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, *factors)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, *factors, *written)):
         return "it has no backward pass"
     if T > MOST_QUERIES:
         return f"it takes at most {MOST_QUERIES} query tokens"
-    if max(D, E) > WIDEST_HEAD:
-        return f"it takes heads of at most {WIDEST_HEAD} features"
+    if max(D, E) > WIDEST_HEAD and q_BTHD.dtype == torch.float32:
+        return f"it takes heads of at most {WIDEST_HEAD} features in float32"
+    if D > WIDEST_KEY or E > WIDEST_VALUE:
+        return f"it takes keys of at most {WIDEST_KEY} features and values of at most {WIDEST_VALUE}"
     if any(x.stride(-1) != 1 for x in factors):
         return "the last dimension of every factor must be contiguous"
     if pages is not None and factors[0].shape[1] % 64:

@@ -82,6 +82,8 @@ def choose_launch(queries: int, heads: int, D: int, E: int, S: int, U: int, dtyp
     if dtype == torch.float32:
         # No tensor cores at full precision: small tiles, or the operands leave the registers.
         return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
+    if max(padded(D), padded(E)) > 256:
+        return Launch(tile=16, warps=4, stages=3, programs=2, heads_first=False)
     W = queries * heads
     heads_first = W >= 64
     token_bytes = (S * (padded(D) + heads) + U * (padded(E) + heads)) * dtype.itemsize

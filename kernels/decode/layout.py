@@ -27,13 +27,17 @@ def padded_heads(H: int, D: int, E: int, S: int, U: int, element_size: int) -> i
     The widest of these that keeps padding within MOST_PADDING of the record: a kernel loads that many bytes at
     once. H itself where none does.
     """
-    needed = (S + U) * H + S * D + U * E
+    return padded_width(H, S + U, (S + U) * H + S * D + U * E, element_size)
+
+
+def padded_width(width: int, n_rows: int, n_elements: int, element_size: int) -> int:
+    """`width` rounded up as in `padded_heads`, where `n_rows` rows of a token's `n_elements` are padded."""
     for n_bytes in (16, 8, 4):
         unit = max(1, n_bytes // element_size)
-        padded = -(-H // unit) * unit
-        if (S + U) * (padded - H) <= MOST_PADDING * needed:
+        padded = -(-width // unit) * unit
+        if n_rows * (padded - width) <= MOST_PADDING * n_elements:
             return padded
-    return H
+    return width
 
 
 def record_width(H: int, D: int, E: int, S: int, U: int, element_size: int) -> int:

@@ -20,9 +20,11 @@ segments of each row in their order, so that equal inputs give equal bits.
 
 # Triton's own language is not Python's to a type checker, and the package may be absent.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false
+# pyright: reportGeneralTypeIssues=false
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -73,16 +75,6 @@ def _load(
 
 
 @triton.jit
-def _prefetch(ptr, n_tokens, N: tl.constexpr, TOKEN: tl.constexpr):
-    """Bring the first 128 bytes of each of N tokens into L2."""
-    tokens_N = tl.minimum(tl.arange(0, N), n_tokens - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr + tokens_N * TOKEN],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _dot(x, y, UPCAST: tl.constexpr):
     # The interpreter's bfloat16 product is wrong.
     if UPCAST:
@@ -121,16 +113,65 @@ def _times_heads(
         return tl.reshape(x_NTH, (N, QUERIES * HEADS))
 
 
+@triton.jit
+def _new_token(ptr, at, rank_stride, x_X, live_X, RANKS: tl.constexpr, RANKS_PADDED: tl.constexpr):
+    """(R, X): the factors of all ranks of one new token."""
+    ranks = tl.arange(0, RANKS_PADDED)
+    live = (ranks < RANKS)[:, None] & live_X[None, :]
+    return tl.load(ptr + at + ranks[:, None] * rank_stride + x_X[None, :], mask=live, other=0.0)
+
+
+@triton.jit
+def _put(ptr, at, x_RX, x_X, live_X, RANK: tl.constexpr, RANKS: tl.constexpr, RANKS_PADDED: tl.constexpr):
+    ranks = tl.arange(0, RANKS_PADDED)
+    live = (ranks < RANKS)[:, None] & live_X[None, :]
+    tl.store(ptr + at + ranks[:, None] * RANK + x_X[None, :], x_RX, mask=live)
+
+
+@triton.jit
+def _share(
+    lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """This program's grains [begin, end) among those of all rows, the row of the first, and where that begins.
+
+    The first ROWS rows are read once for all.
+    """
+    rows = tl.arange(0, ROWS)
+    grains = _ceil(_length(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+    past = tl.cumsum(grains, 0)
+    n_grains = tl.sum(grains, 0)
+    for first in range(ROWS, n_rows, ROWS):
+        lengths = _length(lengths_ptr, first + rows, n_rows, capacity, RAGGED)
+        n_grains += tl.sum(_ceil(lengths, GRAIN), 0)
+    n_working = tl.maximum(tl.minimum(tl.num_programs(0), _ceil(n_grains, N // GRAIN)), 1)
+    program = tl.program_id(0)
+    begin = program * n_grains // n_working
+    end = tl.minimum((program + 1) * n_grains // n_working, n_grains)
+    row = tl.sum(((past <= begin) & (rows < n_rows)).to(tl.int32), 0)
+    row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
+    for first in range(ROWS, n_rows, ROWS):
+        grains = _ceil(_length(lengths_ptr, first + rows, n_rows, capacity, RAGGED), GRAIN)
+        past = tl.max(past, 0) + tl.cumsum(grains, 0)
+        row += tl.sum(((past <= begin) & (first + rows < n_rows)).to(tl.int32), 0)
+        row_begin = tl.maximum(row_begin, tl.max(tl.where(past <= begin, past, 0), 0))
+    return begin, end, row, row_begin
+
+
 VARYING = [
     "n_rows", "capacity", "n_queries", "q_row", "q_query", "q_head", "a_k_row", "b_k_row", "a_v_row", "b_v_row",
-    "pages_row",
+    "pages_row", *(f"new_{name}_{of}" for name in ("a_k", "b_k", "a_v", "b_v") for of in ("row", "token", "rank")),
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend(
     q_ptr, a_k_ptr, b_k_ptr, a_v_ptr, b_v_ptr, lengths_ptr, pages_ptr, o_ptr, highest_ptr, total_ptr,
-    n_rows, capacity, n_queries, q_row, q_query, q_head, a_k_row, b_k_row, a_v_row, b_v_row, pages_row, scale,
+    new_a_k_ptr, new_b_k_ptr, new_a_v_ptr, new_b_v_ptr,
+    n_rows, capacity, n_queries, q_row, q_query, q_head, a_k_row, b_k_row, a_v_row, b_v_row, pages_row,
+    new_a_k_row, new_a_k_token, new_a_k_rank, new_b_k_row, new_b_k_token, new_b_k_rank,
+    new_a_v_row, new_a_v_token, new_a_v_rank, new_b_v_row, new_b_v_token, new_b_v_rank, scale,
+    NEW_A_K: tl.constexpr, NEW_B_K: tl.constexpr, NEW_A_V: tl.constexpr, NEW_B_V: tl.constexpr,
+    S_PADDED: tl.constexpr, U_PADDED: tl.constexpr,
     RAGGED: tl.constexpr, PAGE: tl.constexpr, GRAIN: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, U: tl.constexpr,
     A_K_TOKEN: tl.constexpr, A_K_RANK: tl.constexpr, A_K_UNIT: tl.constexpr, A_K_WIDTH: tl.constexpr,
@@ -171,49 +212,64 @@ def _attend(
     # 64 bits, where tokens times strides may need them.
     wide = tl.full((), 1, tl.int64)
 
-    # This program's grains [begin, end) among those of all rows, and the row of the first. The first ROWS rows
-    # are read once for both.
-    rows = tl.arange(0, ROWS)
-    grains = _ceil(_length(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
-    past = tl.cumsum(grains, 0)
-    n_grains = tl.sum(grains, 0)
-    for first in range(ROWS, n_rows, ROWS):
-        lengths = _length(lengths_ptr, first + rows, n_rows, capacity, RAGGED)
-        n_grains += tl.sum(_ceil(lengths, GRAIN), 0)
-    n_working = tl.maximum(tl.minimum(tl.num_programs(0), _ceil(n_grains, N // GRAIN)), 1)
     program = tl.program_id(0)
-    begin = program * n_grains // n_working
-    end = tl.minimum((program + 1) * n_grains // n_working, n_grains)
-    row = tl.sum(((past <= begin) & (rows < n_rows)).to(tl.int32), 0)
-    row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
-    for first in range(ROWS, n_rows, ROWS):
-        grains = _ceil(_length(lengths_ptr, first + rows, n_rows, capacity, RAGGED), GRAIN)
-        past = tl.max(past, 0) + tl.cumsum(grains, 0)
-        row += tl.sum(((past <= begin) & (first + rows < n_rows)).to(tl.int32), 0)
-        row_begin = tl.maximum(row_begin, tl.max(tl.where(past <= begin, past, 0), 0))
-
+    begin, end, row, row_begin = _share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, N, ROWS)
     while begin < end:
         length = _length(lengths_ptr, row, n_rows, capacity, RAGGED)
         row_end = row_begin + _ceil(length, GRAIN)
         stop = tl.minimum(end, row_end)
         first_token = (begin - row_begin) * GRAIN
         past_token = tl.minimum((stop - row_begin) * GRAIN, length)
-        if OVERLAP and PAGE == 0:
-            # The queries are waited for before the loop loads anything: have the first tile on its way by then.
-            block = row.to(tl.int64)
-            at = first_token * wide
-            _prefetch(
-                a_k_ptr + block * a_k_row * A_K_UNIT + at * A_K_TOKEN, past_token - first_token, N, A_K_TOKEN
-            )
-            _prefetch(
-                b_k_ptr + block * b_k_row * B_K_UNIT + at * B_K_TOKEN, past_token - first_token, N, B_K_TOKEN
-            )
-            _prefetch(
-                a_v_ptr + block * a_v_row * A_V_UNIT + at * A_V_TOKEN, past_token - first_token, N, A_V_TOKEN
-            )
-            _prefetch(
-                b_v_ptr + block * b_v_row * B_V_UNIT + at * B_V_TOKEN, past_token - first_token, N, B_V_TOKEN
-            )
+        if NEW_A_K or NEW_B_K or NEW_A_V or NEW_B_V:
+            # Each program writes the new tokens that it reads; programs that share them write the same.
+            live_H = heads_H < H
+            live_D = offsets_D < D
+            live_E = offsets_E < E
+            oldest = tl.maximum(length - n_queries, 0)
+            for token in range(tl.maximum(first_token, oldest), past_token):
+                at_row = row.to(tl.int64)
+                nth = token - (length - n_queries)
+                if PAGE > 0:
+                    block = tl.load(pages_ptr + row * pages_row + token // PAGE).to(tl.int64)
+                    at = (token % PAGE) * wide
+                else:
+                    block = at_row
+                    at = token * wide
+                # All are loaded before the first is stored: one wait for all.
+                if NEW_A_K:
+                    from_a_k = at_row * new_a_k_row + nth * new_a_k_token
+                    a_k_RH = _new_token(new_a_k_ptr, from_a_k, new_a_k_rank, heads_H, live_H, S, S_PADDED)
+                if NEW_B_K:
+                    from_b_k = at_row * new_b_k_row + nth * new_b_k_token
+                    b_k_RD = _new_token(new_b_k_ptr, from_b_k, new_b_k_rank, offsets_D, live_D, S, S_PADDED)
+                if NEW_A_V:
+                    from_a_v = at_row * new_a_v_row + nth * new_a_v_token
+                    a_v_RH = _new_token(new_a_v_ptr, from_a_v, new_a_v_rank, heads_H, live_H, U, U_PADDED)
+                if NEW_B_V:
+                    from_b_v = at_row * new_b_v_row + nth * new_b_v_token
+                    b_v_RE = _new_token(new_b_v_ptr, from_b_v, new_b_v_rank, offsets_E, live_E, U, U_PADDED)
+                if NEW_A_K:
+                    _put(
+                        a_k_ptr, block * a_k_row * A_K_UNIT + at * A_K_TOKEN, a_k_RH, heads_H, live_H,
+                        A_K_RANK, S, S_PADDED,
+                    )  # fmt: skip
+                if NEW_B_K:
+                    _put(
+                        b_k_ptr, block * b_k_row * B_K_UNIT + at * B_K_TOKEN, b_k_RD, offsets_D, live_D,
+                        B_K_RANK, S, S_PADDED,
+                    )  # fmt: skip
+                if NEW_A_V:
+                    _put(
+                        a_v_ptr, block * a_v_row * A_V_UNIT + at * A_V_TOKEN, a_v_RH, heads_H, live_H,
+                        A_V_RANK, U, U_PADDED,
+                    )  # fmt: skip
+                if NEW_B_V:
+                    _put(
+                        b_v_ptr, block * b_v_row * B_V_UNIT + at * B_V_TOKEN, b_v_RE, offsets_E, live_E,
+                        B_V_RANK, U, U_PADDED,
+                    )  # fmt: skip
+            # What one thread has written, others are about to read.
+            tl.debug_barrier()
         q_at = q_ptr + row.to(tl.int64) * q_row
         # Queries are the last tokens of the row: each sees itself and what came before.
         if HEADS_FIRST:
@@ -360,6 +416,7 @@ def decode(
     scale: float,
     lengths_B: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
+    new: Sequence[torch.Tensor | None] | None = None,
     launch: Launch | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.decode`; with `pages` (rows, pages of a row) the factors are (page, token in it, ...)."""
@@ -386,13 +443,19 @@ def decode(
     ragged = lengths_B is not None
     # A pointer that is not used must still be one.
     lengths = lengths_B if ragged else q_BTHD
+    appended = [None if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in new or [None] * 4]
     grain = GRAIN if pages is None else launch.tile
     extra = {"launch_pdl": True} if OVERLAP else {}
     _attend[(n_programs, groups)](
         q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, lengths, q_BTHD if pages is None else pages,
-        o, highest, total,
+        o, highest, total, *(q_BTHD if x is None else x for x in appended),
         B, M, T, *q_BTHD.stride()[:3], a_k.row, b_k.row, a_v.row, b_v.row,
-        0 if pages is None else pages.stride(0), scale * math.log2(math.e) / S,
+        0 if pages is None else pages.stride(0),
+        *(stride for x in appended for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
+        scale * math.log2(math.e) / S,
+        NEW_A_K=appended[0] is not None, NEW_B_K=appended[1] is not None,
+        NEW_A_V=appended[2] is not None, NEW_B_V=appended[3] is not None,
+        S_PADDED=power_of_2(S), U_PADDED=power_of_2(U),
         RAGGED=ragged, PAGE=0 if pages is None else page, GRAIN=grain, H=H, D=D, E=E, S=S, U=U,
         A_K_TOKEN=a_k.token, A_K_RANK=a_k.rank, A_K_UNIT=a_k.unit, A_K_WIDTH=readable(H, a_k),
         B_K_TOKEN=b_k.token, B_K_RANK=b_k.rank, B_K_UNIT=b_k.unit,

@@ -5,6 +5,8 @@ Shape suffixes: B batch, T tokens, M cached tokens, C d_model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from kernels.attention import offsets, takes_documents
 from kernels.dispatch import product_dtype
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
-from t6_lightning.model.attention import Keys, Layout
+from t6_lightning.model.attention import AttentionLayer, Keys, Layout
 from t6_lightning.model.block import Block, dropout
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.config import T6Config
@@ -52,7 +54,11 @@ class T6(nn.Module):
                 positions restart in each document and attention stays inside it.
             cache: what came before; the tokens are appended to it. Not together with documents.
         """
-        return F.linear(self.hidden(tokens_BT, documents_BT, cache), self.embedding.weight)
+        return self.logits(self.hidden(tokens_BT, documents_BT, cache))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of `hidden` states (..., C)."""
+        return F.linear(x, self.embedding.weight)
 
     def hidden(
         self,
@@ -71,7 +77,9 @@ class T6(nn.Module):
             positions_BT = cache.positions(n_tokens)
             layout = self._cached_layout(positions_BT, cache)
             caches = [cache.layer(i, positions_BT) for i in range(self.config.n_layers)]
-        x_BTC = self.dropout(self.embedding(tokens_BT))
+        # Indexing is 4 times as fast as an embedding of a few tokens on a GPU, and as good without gradients.
+        decoding = cache is not None and not torch.is_grad_enabled()
+        x_BTC = self.dropout(self.embedding.weight[tokens_BT] if decoding else self.embedding(tokens_BT))
         for block, layer_cache in zip(self.blocks, caches, strict=True):
             x_BTC = block(x_BTC, layout, layer_cache)
         if cache is not None:
@@ -107,8 +115,20 @@ class T6(nn.Module):
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `capacity` tokens in each of `batch` rows, in the weights' dtype unless said."""
         weight = self.embedding.weight
-        entries = self.config.attention.cache_entries()
-        return KVCache(entries, self.config.n_layers, batch, capacity, dtype or weight.dtype, weight.device)
+        attention, n_layers = self.config.attention, self.config.n_layers
+        return KVCache(attention, n_layers, batch, capacity, dtype or weight.dtype, weight.device)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Weights do not change meanwhile: what layers make of them alone is made once."""
+        layers = [module for module in self.modules() if isinstance(module, AttentionLayer)]
+        for layer in layers:
+            layer.freeze()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.thaw()
 
     def _tables(self, positions: torch.Tensor) -> tuple[Tables, Tables]:
         """RoPE tables of queries and of keys."""
@@ -139,11 +159,13 @@ class T6(nn.Module):
         return replace(layout, backend=c.attention_backend, saves=c.attention_saves)
 
     def _cached_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
+        if cache.fixed and cache.longest > 0:
+            return self._fixed_layout(positions_BT, cache)
         queries, keys = self._tables(positions_BT)
         new = Keys(keys, positions_BT == 0)
         if cache.longest == 0:
             return self._by_setting(Layout(queries, new))
-        keys_M = torch.arange(cache.longest + positions_BT.shape[1], device=positions_BT.device)
+        keys_M = torch.arange(cache.n_read(positions_BT.shape[1]), device=positions_BT.device)
         reads_tables = self.config.attention.rotates_when_read
         nothing = torch.empty(len(keys_M), 0, device=keys_M.device)
         tables = self._tables(keys_M)[1] if reads_tables else Tables(nothing, nothing)
@@ -152,3 +174,20 @@ class T6(nn.Module):
             return self._by_setting(Layout(queries, new, seen, causal=False))
         mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
         return self._by_setting(Layout(queries, new, seen, mask, positions_BT[:, -1] + 1, causal=False))
+
+    def _fixed_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
+        """As `_cached_layout`, by lookups alone: `lengths` say what is visible, in the form that kernels read."""
+        if cache.positions_of_keys is None:
+            every = torch.arange(cache.capacity, device=positions_BT.device)
+            cache.positions_of_keys = (*self._tables(every), every == 0)
+        queries, keys, starts = cache.positions_of_keys
+        new_queries, new_keys = (Tables(*(table[positions_BT] for table in x)) for x in (queries, keys))
+        layout = Layout(
+            new_queries,
+            Keys(new_keys, starts[positions_BT]),
+            Keys(keys, starts),
+            None,
+            positions_BT[:, -1] + 1,
+            causal=False,
+        )
+        return self._by_setting(layout)

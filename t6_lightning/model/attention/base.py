@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kernels.attention import attention
+from kernels.decode.grouped import decode_grouped
 from t6_lightning.errors import require
 from t6_lightning.model.rope import Rope, Tables
 
@@ -46,6 +47,13 @@ class AttentionConfig(abc.ABC):
     @abc.abstractmethod
     def cache_entries(self) -> dict[str, tuple[int, ...]]:
         """What one layer caches for one token: name and shape of each tensor."""
+
+    def stored_entries(self, element_size: int) -> dict[str, tuple[int, ...]]:
+        """`cache_entries` as they lie in memory, for numbers of `element_size` bytes: the last size may be padded.
+
+        The cache keeps zeros in the padding and hands out what `cache_entries` says.
+        """
+        return self.cache_entries()
 
     @abc.abstractmethod
     def flops(self, d_model: int, keys: float) -> float:
@@ -166,7 +174,8 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
     """softmax(scale · Q Kᵀ) V per head, then the output matrix; a family says what Q, K and V are.
 
     In three parts, so that what is cached is what a family declares: `project` makes the query and the cached
-    entries of new tokens, `expand` makes keys and values of entries, and `attend_cached` reads a whole cache:
+    entries of new tokens, `expand` makes keys and values of entries, and `attend_cached` appends to a cache and
+    reads all of it:
     by expanding it, unless the family knows better.
     """
 
@@ -185,18 +194,30 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
         """Keys (B, M, G, D) and values (B, M, G, E) of entries (B, M, *shape) that stand at `keys`."""
 
     def attend_cached(
-        self, q_BTHD: torch.Tensor, entries: dict[str, torch.Tensor], layout: Layout
+        self, q_BTHD: torch.Tensor, new: dict[str, torch.Tensor], cache: LayerCache, layout: Layout
     ) -> torch.Tensor:
-        """Output per head (B, T, H, E) of queries that attend to cached entries (B, M, *shape)."""
+        """Append the new tokens' entries (B, T, *shape), then the output per head (B, T, H, E) over all tokens."""
         assert layout.seen is not None
-        k_BMGD, v_BMGE = self.expand(entries, layout.seen)
-        scale = self.config.softmax_scale()
-        backend = layout.attention_backend
-        return attention(q_BTHD, k_BMGD, v_BMGE, scale=scale, causal=False, mask=layout.mask, backend=backend)
+        k_BMGD, v_BMGE = self.expand(cache.append(new), layout.seen)
+        return decode_grouped(
+            q_BTHD,
+            k_BMGD,
+            v_BMGE,
+            scale=self.config.softmax_scale(),
+            mask=layout.mask,
+            lengths=layout.lengths,
+            backend=layout.attention_backend,
+        )
 
     def finish(self, o_BTHE: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
         """What happens to the heads' outputs before the output matrix: nothing, unless a family says so."""
         return o_BTHE
+
+    def freeze(self) -> None:
+        """Weights do not change until `thaw`: keep what is made of them alone, if anything is."""
+
+    def thaw(self) -> None:
+        """Drop what `freeze` keeps."""
 
     def heads(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Q (B, T, H, D), K (B, T, G, D) and V (B, T, G, E) as in training."""
@@ -228,9 +249,9 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
             o_BTHE = self.attend_new(x_BTC, layout)
         else:
             q_BTHD, entries = self.project(x_BTC, layout)
-            seen = cache.append(entries)
             if layout.seen is not None:
-                o_BTHE = self.attend_cached(q_BTHD, seen, layout)
+                o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
             else:
+                cache.append(entries)
                 o_BTHE = self.attend(q_BTHD, *self.expand(entries, layout.keys), layout)
         return self.output(self.finish(o_BTHE, x_BTC).flatten(-2))

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels.attention import attention
+from kernels.decode.grouped import decode_grouped
 from kernels.rope import rotate
 from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
+from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.norm import RMSNorm
 from t6_lightning.model.rope import Rope
 
@@ -115,20 +116,20 @@ class MultiHeadLatentAttention(AttentionLayer[MLAConfig]):
         return torch.cat((k_BMHD, k_BMHS), dim=-1), v_BMHD
 
     def attend_cached(
-        self, q_BTHD: torch.Tensor, entries: dict[str, torch.Tensor], layout: Layout
+        self, q_BTHD: torch.Tensor, new: dict[str, torch.Tensor], cache: LayerCache, layout: Layout
     ) -> torch.Tensor:
         c = self.config
         up_k_HDL, up_v_HDL = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).chunk(2, dim=1)
         q_BTHD, q_BTHS = q_BTHD.split([c.head_dim, c.rope_dim], dim=-1)
         q_BTHL = torch.einsum("bthd,hdl->bthl", q_BTHD, up_k_HDL.to(q_BTHD.dtype))
-        latent_BMNX = entries["latent"].unsqueeze(-2).to(q_BTHL.dtype)
-        o_BTHL = attention(
+        latent_BMNX = cache.append(new)["latent"].unsqueeze(-2).to(q_BTHL.dtype)
+        o_BTHL = decode_grouped(
             torch.cat((q_BTHL, q_BTHS), dim=-1),
             latent_BMNX,
             latent_BMNX[..., : c.kv_rank],
             scale=c.softmax_scale(),
-            causal=False,
             mask=layout.mask,
+            lengths=layout.lengths,
             backend=layout.attention_backend,
         )
         return torch.einsum("bthl,hdl->bthd", o_BTHL, up_v_HDL.to(o_BTHL.dtype))

@@ -21,18 +21,20 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from kernels.attention import OPERATORS
 from kernels.contract import HIGHEST_RANK, WIDEST_HEAD, contract, outer
 from kernels.decode import decode
+from kernels.decode.layout import padded_width
 from kernels.rope import rotate
 from t6_lightning.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import NAMES, nonlinearity, second_moment
+from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance, init_factor_
 from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
 from t6_lightning.model.rope import Rope, Tables
 
 MAX_ORDER = 8
 ALIGNMENT = 16
-"""Numbers. On a GPU each factor begins at a multiple of this in its projection: both the matrix products and the
-kernels that read it move 16 bytes at a time."""
+"""Numbers. In training on a GPU each factor begins at a multiple of this in its projection: both the matrix products
+and the kernels that read it move 16 bytes at a time."""
 
 
 class Factor(NamedTuple):
@@ -295,6 +297,11 @@ class TPAConfig(AttentionConfig):
         return self.rope_at == "factors" and not self.shared_b and "k" not in self.noncontextual_b
 
     @property
+    def decodes_in_place(self) -> bool:
+        """What decoding reads are the cached entries themselves (and parameters): nothing is made of them."""
+        return self.order == 2 and self.caches_rotated_b and not self.kv_shift
+
+    @property
     def rotates_when_read(self) -> bool:
         return not self.caches_rotated_b
 
@@ -312,6 +319,14 @@ class TPAConfig(AttentionConfig):
         factors = self.factors()
         names = (self.factor_name(letter, part) for part in "kv" for letter in self.sizes)
         return {name: (factors[name].rank, factors[name].size) for name in names if factors[name].contextual}
+
+    def stored_entries(self, element_size: int) -> dict[str, tuple[int, ...]]:
+        # Where each rank's head factors begin at a multiple of 16 bytes, decoding reads them with wide loads.
+        entries = self.cache_entries()
+        head_factors = [name for name in entries if name.startswith("a")]
+        ranks = sum(entries[name][0] for name in head_factors)
+        padded = padded_width(self.n_heads, ranks, self.cache_elements(), element_size)
+        return entries | {name: (entries[name][0], padded) for name in head_factors}
 
     def _projection_flops(self, d_model: int) -> int:
         maps = sum(f.rank * f.size for f in self.factors().values() if f.contextual)
@@ -383,6 +398,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def __init__(self, config: TPAConfig, d_model: int) -> None:
         super().__init__(config)
         width = config.n_heads * config.head_dim
+        self._frozen: torch.Tensor | None = None
         self.contextual = {name: f for name, f in config.factors().items() if f.contextual}
         for part in config.ranks:
             for letter in config.sizes:
@@ -419,10 +435,12 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
         """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
-        weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
-        if x_BTC.is_cuda:
-            weights = [F.pad(weight, (0, 0, 0, -len(weight) % ALIGNMENT)) for weight in weights]
-        parts = F.linear(x_BTC, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        if self._frozen is None:
+            weights = self._factor_weights()
+            sizes, weight = [len(weight) for weight in weights], torch.cat(weights)
+        else:
+            sizes, weight = [f.rank * f.size for f in self.contextual.values()], self._frozen
+        parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
         factors = {
             name: part[..., : f.rank * f.size].unflatten(-1, (f.rank, f.size))
             for (name, f), part in zip(self.contextual.items(), parts, strict=True)
@@ -431,6 +449,20 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             if f"a_{part}" in factors:
                 factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
         return factors
+
+    def _factor_weights(self) -> list[torch.Tensor]:
+        """Of each factor; in training on a GPU with rows of zeros up to `ALIGNMENT`."""
+        weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
+        if weights and weights[0].is_cuda and torch.is_grad_enabled():
+            weights = [F.pad(weight, (0, 0, 0, -len(weight) % ALIGNMENT)) for weight in weights]
+        return weights
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        self._frozen = torch.cat(self._factor_weights())
+
+    def thaw(self) -> None:
+        self._frozen = None
 
     def _nonlinear(self, a: torch.Tensor, part: str) -> torch.Tensor:
         c = self.config
@@ -554,16 +586,33 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         return o_BTHE
 
     def attend_cached(
-        self, q_BTHD: torch.Tensor, entries: dict[str, torch.Tensor], layout: Layout
+        self, q_BTHD: torch.Tensor, new: dict[str, torch.Tensor], cache: LayerCache, layout: Layout
     ) -> torch.Tensor:
         c = self.config
         assert layout.seen is not None
+        appended = None
+        if c.decodes_in_place:
+            # The entries are what decoding reads: one call appends and attends.
+            name = c.factor_name
+            appended = (
+                new.get(name("a", "k")),
+                new.get(name("b", "k")),
+                new.get(name("a", "v")),
+                new.get(name("b", "v")),
+            )
+        entries = cache.read() if c.decodes_in_place else cache.append(new)
         keys, values = self._keys(entries, layout.seen), self.pair("v", entries, None)
         if c.kv_shift:
             keys = self._shifted("k", *keys, layout.seen.starts)
             values = self._shifted("v", *values, layout.seen.starts)
         return decode(
-            q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths, backend=layout.backend
+            q_BTHD,
+            *keys,
+            *values,
+            scale=c.softmax_scale(),
+            lengths=layout.lengths,
+            new=appended,
+            backend=layout.backend,
         )
 
     def _shifted(
