@@ -182,12 +182,14 @@ class T6(nn.Module):
             cache.positions_of_keys = (*self._tables(every), every == 0)
         queries, keys, starts = cache.positions_of_keys
         new_queries, new_keys = (Tables(*(table[positions_BT] for table in x)) for x in (queries, keys))
-        layout = Layout(
-            new_queries,
-            Keys(new_keys, starts[positions_BT]),
-            Keys(keys, starts),
-            None,
-            positions_BT[:, -1] + 1,
-            causal=False,
+        seen = Keys(keys, starts)
+        return self._by_setting(
+            Layout(
+                new_queries,
+                Keys(new_keys, starts[positions_BT]),
+                seen,
+                None,
+                positions_BT[:, -1] + 1,
+                causal=False,
+            )
         )
-        return self._by_setting(layout)

@@ -33,8 +33,8 @@ from t6_lightning.model.rope import Rope, Tables
 
 MAX_ORDER = 8
 ALIGNMENT = 16
-"""Numbers. In training on a GPU each factor begins at a multiple of this in its projection: both the matrix products
-and the kernels that read it move 16 bytes at a time."""
+"""Numbers. On a GPU each factor begins at a multiple of this in its projection: both the matrix products and the
+kernels that read it move 16 bytes at a time."""
 
 
 class Factor(NamedTuple):
@@ -435,11 +435,9 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
         """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
-        if self._frozen is None:
-            weights = self._factor_weights()
-            sizes, weight = [len(weight) for weight in weights], torch.cat(weights)
-        else:
-            sizes, weight = [f.rank * f.size for f in self.contextual.values()], self._frozen
+        weight = self._merged_weights() if self._frozen is None else self._frozen
+        unit = ALIGNMENT if weight.is_cuda else 1
+        sizes = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
         parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
         factors = {
             name: part[..., : f.rank * f.size].unflatten(-1, (f.rank, f.size))
@@ -450,16 +448,14 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
                 factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
         return factors
 
-    def _factor_weights(self) -> list[torch.Tensor]:
-        """Of each factor; in training on a GPU with rows of zeros up to `ALIGNMENT`."""
+    def _merged_weights(self) -> torch.Tensor:
         weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
-        if weights and weights[0].is_cuda and torch.is_grad_enabled():
+        if weights[0].is_cuda:
             weights = [F.pad(weight, (0, 0, 0, -len(weight) % ALIGNMENT)) for weight in weights]
-        return weights
+        return torch.cat(weights)
 
-    @torch.no_grad()
     def freeze(self) -> None:
-        self._frozen = torch.cat(self._factor_weights())
+        self._frozen = self._merged_weights()
 
     def thaw(self) -> None:
         self._frozen = None
