@@ -28,8 +28,11 @@ COMMANDS = {
     ),
     "consolidate": ("t6_lightning.commands.consolidate", "one checkpoint file of a folder of shards"),
     "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
-    "bench": ("t6_lightning.commands.bench", "speed of presets in training or generation, side by side"),
     "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
+    "bench": (
+        "t6_lightning.commands.bench",
+        "tokens per second of whole models: bench train, bench generate",
+    ),
     "import": ("t6_lightning.commands.import_", "read a checkpoint of the paper's public code"),
 }
 

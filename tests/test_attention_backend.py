@@ -112,6 +112,21 @@ def test_generation_follows_the_backend(backend, monkeypatch):
     assert asked == [backend]
 
 
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_mha_generates_by_every_backend(backend):
+    torch.manual_seed(0)
+    config = T6Config(97, 32, 1, 16, MHAConfig(2, 16), output_init="scaled")
+    model = T6(config).eval()
+    named = T6(dataclasses.replace(config, attention_backend=backend)).eval()
+    named.load_state_dict(model.state_dict())
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        expected = model(tokens)
+        cache = named.new_cache(1, 8)
+        got = torch.cat([named(tokens[:, :3], cache=cache), named(tokens[:, 3:], cache=cache)], dim=1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("attention", "why"),
     [(MHAConfig(2, 32), "mha has no factors"), (TPAConfig(2, 32, rank_k=65), "ranks up to 64, not 65")],

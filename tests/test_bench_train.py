@@ -32,8 +32,8 @@ def test_figures_of_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["bench"], "say what to time: train or generate"),
-        (["bench", "sleep"], "bench sleep: say what to time"),
+        (["bench"], "choose one of train, generate"),
+        (["bench", "sleep"], "bench sleep: choose one of train, generate"),
         (["bench", "train"], "PRESET"),
         (
             ["bench", "train", "quickstart", "--batch", "0"],

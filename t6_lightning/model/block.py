@@ -16,7 +16,7 @@ from t6_lightning.model.init import init_output_
 from t6_lightning.model.norm import rms_norm
 
 ALIGNMENT = 64
-"""Numbers. On a GPU the hidden size, 2,730 at a width of 1,024, is rounded up to this: rows of 128 bytes."""
+"""Numbers. In training on a GPU the hidden size (2,730 at a width of 1,024) is rounded up to this, 128 bytes."""
 
 
 class SwiGLU(nn.Module):
@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        if x_BTC.is_cuda:
+        if x_BTC.is_cuda and torch.is_grad_enabled():
             return self._aligned(x_BTC)
         return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
 
