@@ -3,16 +3,18 @@
     python tests/bench_training.py --preset paper/medium-tpa --strategies one ddp fsdp2 --costs 16384 -- FIT OPTIONS
 
 Per strategy ("one" is one device, the others take all): median and quartiles of the logged speeds of a
-run, and the share of its time in which a rank's host waited for data. Then, with --costs, one run on one device,
-and its continuation: seconds from the start of the command to the end of the first step, fresh and resumed, and how
-long training is held up by a checkpoint, from the times at which steps were logged.
+run, and the share of its time in which a rank's host waited for data. Then, with --costs, on one device: seconds from
+the start of the command to the end of the first step, fresh and resumed, and how long training is held up by a
+checkpoint, from the times at which steps were logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHECKPOINT_EVERY, STEPS = 15, 45
+CHECKPOINT_EVERY, STEPS, TURNS = 10, 30, 3
 
 
 def fit(run: str, arguments: list[str]) -> float:
@@ -71,15 +73,39 @@ def speed(home: Path, name: str, options: list[str], steps: int) -> dict[str, An
     }
 
 
-def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, float]:
-    """Seconds to the first step, fresh and resumed, and seconds that a checkpoint takes from training."""
+def first_step(home: Path, run: str, arguments: list[str]) -> float:
+    """Seconds from the start of a run to its first logged step; it is killed then."""
+    started = time.time()
+    command = [sys.executable, "-m", "t6_lightning", "fit", "--run", run, *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit(f"{run} ended before its first step: exit code {process.returncode}")
+            with contextlib.suppress(FileNotFoundError, KeyError, sqlite3.OperationalError):
+                times = [at for _, at in logged(home, run, "train/loss").values() if at > started]
+                if times:
+                    return times[0] - started
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, Any]:
+    """Seconds to the first step, fresh and resumed in turns, and what a checkpoint takes from training."""
     options = [*options, "--trainer.devices", "1", "--cadence.log_every_steps", "1"]
     options += ["--cadence.tokens_per_step", str(tokens_per_step)]
     options += ["--checkpoints.every_tokens", str(CHECKPOINT_EVERY * tokens_per_step)]
-    started = fit("costs", [*options, "--trainer.max_steps", str(STEPS)])
+    fit("costs", [*options, "--trainer.max_steps", str(STEPS)])
     times = {step: at for step, (_, at) in logged(home, "costs", "train/loss").items()}
-    resumed = fit("costs", [*options, "--trainer.max_steps", str(STEPS + 1), "--ckpt_path", "last"])
-    after = logged(home, "costs", "train/loss")[STEPS + 1][1]
+    more = [*options, "--trainer.max_steps", str(STEPS + 10)]
+    pairs = [
+        (first_step(home, f"fresh-{turn}", more), first_step(home, "costs", [*more, "--ckpt_path", "last"]))
+        for turn in range(TURNS)
+    ]
     gaps = {step: times[step] - times[step - 1] for step in range(3, STEPS)}
     usual = statistics.median(gaps.values())
     # From each checkpoint to the next: copying holds training up, writing may slow it down.
@@ -90,8 +116,8 @@ def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, flo
     lost = [sum(gaps[step] - usual for step in span) for span in spans]
     files = [f for f in (home / "runs" / "costs" / "checkpoints").iterdir() if f.is_file()]
     return {
-        "first_step_fresh": times[1] - started,
-        "first_step_resumed": after - resumed,
+        "first_step_fresh_and_resumed": pairs,
+        "resume_costs": statistics.median(resumed - fresh for fresh, resumed in pairs),
         "usual_step": usual,
         "step_after_checkpoint": max(gaps[span[0]] for span in spans),
         "lost_per_checkpoint": max(lost),
