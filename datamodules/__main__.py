@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from datamodules.errors import BadData
+from datamodules.errors import BadData, reason_in
+from datamodules.home import t6_home
 
 if TYPE_CHECKING:
     from datamodules.base import TokenData
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BadData as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of the disk
+        print(f"error: {error.strerror}: {error.filename or t6_home()}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -91,8 +95,10 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
             parser.parse_args([*chosen, *options.rest])
         )
         return built.data
-    except (jsonargparse.ArgumentError, OSError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+    except BadData:
+        raise
+    except (jsonargparse.ArgumentError, ValueError, OSError, yaml.YAMLError) as error:
+        said = reason_in(str(error))
         if unknown := re.search(r"Option '(\w+)' is not accepted", said):
             said = f"there is no setting {unknown[1]!r}"
         raise BadData(f"--data: {said.rstrip('.')}.") from error
@@ -201,6 +207,12 @@ def _empty_home() -> Iterator[None]:
                 os.environ["T6_HOME"] = before
 
 
+def _count(value: str) -> int:
+    if not value.isdigit():
+        raise argparse.ArgumentTypeError(f"{value!r} is not allowed; allowed: whole numbers from 0 on")
+    return int(value)
+
+
 def _named(value: str) -> tuple[str, str]:
     name, equals, path = value.partition("=")
     if not (name and equals and path):
@@ -224,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data", metavar="NAME", help="any data module; its settings as --data.SETTING")
         command.add_argument("--config", metavar="FILE", help="YAML with a section `data`")
         command.add_argument(
-            "--tokens", type=int, default=0 if name == "prepare" else 4_000_000, help="of a stream to read"
+            "--tokens", type=_count, default=0 if name == "prepare" else 4_000_000, help="of a stream to read"
         )
         command.add_argument(
             "--exclude", nargs="+", default=[], metavar="GLOB", help="file names to leave out"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules import stores
 from datamodules.documents import Document
-from datamodules.errors import BadData
+from datamodules.errors import BadData, SourceUnavailable
 from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,6 +61,10 @@ class TokenData(LightningDataModule):
         self._position = _Position()
         self.faults: Counter[str] = Counter()
         """kind of fault in reading -> how often it was met while the batches so far were made."""
+        self.repeats_when_cut_off = False
+        """Whether, where a source cannot be reached any more, the last batch comes again and again and `cut_off` says
+        why, so that all ranks can stop at one step; otherwise SourceUnavailable is raised."""
+        self.cut_off: str | None = None
 
     # What a corpus provides.
 
@@ -162,6 +166,7 @@ class TokenData(LightningDataModule):
         if "marks" in batch:
             self._position.coming.append((int(batch["sample"].max()), batch.pop("marks")))
         self.faults.update(batch.pop("faults", {}))
+        self.cut_off = batch.pop("cut_off", self.cut_off)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,9 +211,35 @@ class TokenData(LightningDataModule):
         # The loader draws a seed whenever it is iterated. From its own generator: the global one belongs to
         # the model, and a resumed run must find it where it was.
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, generator=generator, pin_memory=on_gpu
+        return _Loader(
+            stream,
+            self,
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=generator,
+            pin_memory=on_gpu,
         )
+
+
+class _Loader(DataLoader):
+    def __init__(self, stream: "IterableDataset[Batch]", data: TokenData, **options: Any):
+        super().__init__(stream, **options)
+        self._data = data
+
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch: Batch = {}
+        try:
+            for batch in super().__iter__():
+                yield dict(batch)
+        except SourceUnavailable as error:
+            if not (self._data.repeats_when_cut_off and batch):
+                raise
+            repeated: dict[str, Any] = {
+                name: value for name, value in batch.items() if name not in ("marks", "faults")
+            }
+            repeated["cut_off"] = str(error)
+            while True:
+                yield dict(repeated)
 
 
 Lane = tuple[int, int]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
@@ -87,7 +88,7 @@ class Mixture(TokenData):
     Args:
         sources: Name -> corpus.
         weights: Name -> share of the training tokens; they need not add up to 1.
-        schedule: Training tokens -> weights that hold from there on.
+        schedule: Training tokens -> weights that hold from there on, the first window that begins there or later.
     """
 
     streamed = True
@@ -117,9 +118,9 @@ class Mixture(TokenData):
                 raise BadData(
                     f"{field}: it names {sorted(chosen)}; allowed: a weight for each of {sorted(sources)}."
                 )
-            if min(chosen.values()) < 0 or sum(chosen.values()) <= 0:
+            if min(chosen.values()) < 0 or not 0 < sum(chosen.values()) < math.inf:
                 raise BadData(
-                    f"{field}: {chosen} is not allowed; allowed: weights from 0 on that are not all 0."
+                    f"{field}: {chosen} is not allowed; allowed: finite weights from 0 on that are not all 0."
                 )
         self._shares: Shares | None = None
 
@@ -138,7 +139,7 @@ class Mixture(TokenData):
 
     def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
         phases = {
-            tokens // self.context: [weights[name] for name in self.sources]
+            -(-tokens // self.context): [weights[name] for name in self.sources]
             for tokens, weights in sorted(self.phases.items())
         }
         self._shares = Shares(phases, self.seed)

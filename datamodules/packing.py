@@ -41,19 +41,16 @@ class TokenStream:
         self.length = int(self.opens[-1]) + 1
 
     def read(self, position: int, tokens: np.ndarray, opened: np.ndarray, n_bytes: np.ndarray) -> None:
-        """Fill three arrays (n,) from `position` on, not beyond the stream's end.
+        """Fill three arrays (n,) of zeros from `position` on, not beyond the stream's end.
 
         They get the ids, whether a token opens a document, and the UTF-8 bytes that it stands for.
         """
         end = position + len(tokens)
-        tokens[:] = self.eot
-        opened[:] = False
-        n_bytes[:] = 0
-        first, behind = np.searchsorted(self.opens, (position, end - 1), side="right")
+        first, behind = self.opens.searchsorted((position, end - 1), side="right").tolist()
         opens = self.opens[first - 1 : behind + 1].tolist()
         for i, document in enumerate(self.order[first - 1 : behind].tolist()):
             if opens[i] >= position:
-                opened[opens[i] - position] = True
+                tokens[opens[i] - position], opened[opens[i] - position] = self.eot, True
             begin, stop = max(opens[i] + 1, position), min(opens[i + 1], end)
             shard = self.table.shards[self.table.shard[document]]
             source = int(self.table.begin[document]) + begin - opens[i] - 1
@@ -62,9 +59,9 @@ class TokenStream:
             if shard.token_bytes is not None:
                 n_bytes[here] = shard.token_bytes[source : source + stop - begin]
         if behind == len(self.opens):  # the stream's last token
-            opened[-1] = True
+            tokens[-1], opened[-1] = self.eot, True
         if self.token_bytes is not None:
-            np.take(self.token_bytes, tokens, out=n_bytes, mode="clip")  # "raise" would buffer
+            self.token_bytes.take(tokens, out=n_bytes, mode="clip")  # "raise" would buffer
 
 
 class WindowReader(Protocol):

@@ -38,7 +38,9 @@ RECIPE = 1
 LINES_BYTES = 2 << 20
 FETCHED_AT_ONCE = (1 << 20, 8 << 20)
 """Stored bytes of a compressed file asked for at a time: at first, and at most on a long way."""
-ROWS_PER_PIECE = 200
+DECOMPRESSED_AT_ONCE = 1 << 14
+"""Stored bytes given to the decompressor at a time: so much, at most, is lost in front of damage."""
+ROWS_PER_PIECE = 50
 ROW_GROUP_BYTES = 64 << 20
 """Stored bytes of a row group's columns up to which they are fetched in one go; larger ones come in parts."""
 HELD_BYTES = 256 << 20
@@ -318,12 +320,14 @@ def _decompressed(chunks: Iterator[bytes], path: str, place: Callable[[], str]) 
     member = None
     try:
         for chunk in chunks:
-            while chunk:
-                member = begin() if member is None else member
-                yield member.decompress(chunk)
-                chunk = b""
-                if member.eof:
-                    chunk, member = member.unused_data, None
+            for first in range(0, len(chunk), DECOMPRESSED_AT_ONCE):
+                part = chunk[first : first + DECOMPRESSED_AT_ONCE]
+                while part:
+                    member = begin() if member is None else member
+                    yield member.decompress(part)
+                    part = b""
+                    if member.eof:
+                        part, member = member.unused_data, None
     except BadData:
         raise
     except Exception as error:  # zlib's or zstandard's

@@ -76,6 +76,8 @@ class Pixels(TokenData):
             )
         held = {image.tobytes() for image in validation[0][: self.val_count]}
         keep = np.array([image.tobytes() not in held for image in train[0]])
+        if not keep.any():
+            raise BadData(f"val_images: {named} holds every image of {self.images}; allowed: others.")
         return (train[0][keep], train[1][keep]), (
             validation[0][: self.val_count],
             validation[1][: self.val_count],

@@ -32,7 +32,7 @@ Piece = TypeVar("Piece")
 
 SPREAD_FILES = 8
 """Files, evenly spread, that validation text and a tokenizer's training text are taken from."""
-VALIDATION_PIECES = 32
+VALIDATION_PIECES = 128
 """At most so many pieces are read for validation: rare domains get what is there."""
 COMPRESSED_BYTES = 32 << 20
 """Validation text up to this size is compressed by gzip and xz for comparison."""

@@ -1,33 +1,39 @@
-"""Tokenized documents on disk: unshuffled, memory-mapped, one folder per source and tokenizer.
+"""Tokenized documents on disk: unshuffled, memory-mapped, one file per source and tokenizer.
 
-A source is a local file, or one piece (some megabytes) of a streamed file. An entry T6_HOME/tokens/KEY, or
-T6_HOME/tokens/pieces/KEY, holds plain little-endian arrays and meta.json, and is written beside and renamed:
+A source is a local file, or one piece (some hundred kilobytes to megabytes) of a streamed file. An entry
+T6_HOME/tokens/KEY, or T6_HOME/tokens/pieces/KEY, is a safetensors file, written beside and renamed, of
 
-    tokens.bin       uint16 (uint32 for large vocabularies) (n_tokens,)   ids of all documents, no separators
-    offsets.bin      int64  (n_documents + 1,)   where each document begins in tokens.bin
-    n_bytes.bin      int64  (n_documents,)       its UTF-8 bytes
-    domain.bin       uint16 (n_documents,)       its domain, an index into meta.json's list
-    key.bin          uint64 (n_documents,)       its hash for the train/validation split
-    counts.bin       int64  (vocab_size,)        how often each id occurs; not for pieces
-    token_bytes.bin  uint32 (n_tokens,)          bytes each token covers; only where an id does not tell
+    tokens       uint16 (uint32 for large vocabularies) (n_tokens,)   ids of all documents, no separators
+    offsets      int64  (n_documents + 1,)   where each document begins in tokens
+    n_bytes      int64  (n_documents,)       its UTF-8 bytes
+    domain       uint16 (n_documents,)       its domain, an index into the list `domains`
+    key          uint64 (n_documents,)       its hash for the train/validation split
+    counts       int64  (vocab_size,)        how often each id occurs; not for pieces
+    token_bytes  uint32 (n_tokens,)          bytes each token covers; only where an id does not tell
+
+and its metadata: `domains` (a JSON list), what it was made of, and a SHA-256 of arrays and domains.
 
 KEY hashes the source's identity (for a file: path, size, time of change and how it is cut), the tokenizer's
-fingerprint and this layout. An entry that does not match its meta.json (sizes, SHA-256) is made again.
+fingerprint and this layout. An entry whose SHA-256 is not that of its contents is made again.
 Pieces are many: beyond a limit on their bytes those not used for longest are removed.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
+import mmap
 import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
@@ -40,9 +46,13 @@ from datamodules.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
+IN_MEMORY_BYTES = 16 << 20
+"""Ids of a source held in memory while it is tokenized; more go through a file."""
+DTYPES = {"U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
+"""Safetensors' names of numpy's types."""
 TOKENIZING_THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -74,32 +84,27 @@ class PieceCache:
 
     def shard(self, source: Source) -> Shard:
         """The piece, which may hold no document. Raises what reading the source raises."""
-        folder = t6_home() / "tokens" / "pieces" / _key(source, self.tokenizer)
-        shard = _open(folder)
+        file = t6_home() / "tokens" / "pieces" / _key(source, self.tokenizer)
+        shard = _open(file)
         if shard is not None:
             with contextlib.suppress(OSError):
-                os.utime(folder)  # the time of its last use
+                os.utime(file)  # the time of its last use
             return shard
-        shard = _fill(folder, source, self.tokenizer, None)
-        self._written += _size(folder)
+        shard = _fill(file, source, self.tokenizer, None)
+        self._written += _stat(file).st_size
         if self._written > self.limit // 16:
             self._written = 0
-            self._remove_oldest(folder.parent)
+            self._remove_oldest(file.parent)
         return shard
 
     def _remove_oldest(self, pieces: Path) -> None:
         with FileLock(pieces / "removal.lock"):
+            entries = [(_stat(file), file) for file in pieces.iterdir() if file.suffix == ""]
             total = 0
-            for entry in sorted(pieces.iterdir(), key=_last_use, reverse=True):
-                if entry.is_dir() and entry.suffix == "":
-                    total += _size(entry)
-                    if total > self.limit:
-                        gone = entry.with_suffix(".gone")
-                        with contextlib.suppress(OSError):
-                            entry.rename(gone)  # in one step, so that nobody opens half of it
-                        shutil.rmtree(gone, ignore_errors=True)
-                elif entry.suffix == ".gone":  # its remover was killed
-                    shutil.rmtree(entry, ignore_errors=True)
+            for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime, reverse=True):
+                total += stat.st_size
+                if total > self.limit:
+                    file.unlink(missing_ok=True)
 
 
 def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard]:
@@ -108,7 +113,7 @@ def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard
     Raises BadData for what is wrong with a source; the cache then holds nothing of it.
     """
     sources = list(sources)
-    shards = {i: shard for i, source in enumerate(sources) if (shard := _open(_folder(source, tokenizer)))}
+    shards = {i: shard for i, source in enumerate(sources) if (shard := _open(_file(source, tokenizer)))}
     missing = [i for i in range(len(sources)) if i not in shards]
     if not missing:
         log.info("All %d sources come from the token cache; nothing is tokenized.", len(sources))
@@ -116,7 +121,7 @@ def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard
         log.info("%d of %d sources come from the token cache.", len(shards), len(sources))
         with TokenizingProgress(len(missing)) as progress:
             for i in missing:
-                shards[i] = _fill(_folder(sources[i], tokenizer), sources[i], tokenizer, progress)
+                shards[i] = _fill(_file(sources[i], tokenizer), sources[i], tokenizer, progress)
                 progress.finish_source()
     return [shards[i] for i in range(len(sources))]
 
@@ -126,48 +131,40 @@ def _key(source: Source, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _folder(source: Source, tokenizer: Tokenizer) -> Path:
+def _file(source: Source, tokenizer: Tokenizer) -> Path:
     return t6_home() / "tokens" / _key(source, tokenizer)
 
 
-def _last_use(folder: Path) -> float:
+def _stat(file: Path) -> os.stat_result:
+    """Of an entry that another process may have removed: then all zeros."""
     try:
-        return folder.stat().st_mtime
+        return file.stat()
     except OSError:
-        return 0.0
+        return os.stat_result([0] * 10)
 
 
-def _size(folder: Path) -> int:
-    with contextlib.suppress(OSError):
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    return 0
-
-
-def _fill(folder: Path, source: Source, tokenizer: Tokenizer, progress: TokenizingProgress | None) -> Shard:
-    """Tokenize a source into its folder. Without `progress` it is a piece, which may be empty."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _fill(file: Path, source: Source, tokenizer: Tokenizer, progress: TokenizingProgress | None) -> Shard:
+    """Tokenize a source into its file. Without `progress` it is a piece, which may be empty."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     # A fixed set of lock files: pieces are too many to have one each.
-    with FileLock(folder.with_name(f"{folder.name[:2]}.lock")):
-        if shard := _open(folder):  # another process was faster
+    with FileLock(file.with_name(f"{file.name[:2]}.lock")):
+        if shard := _open(file):  # another process was faster
             return shard
         # Under the lock nobody else writes this entry: what lies here was left by a process that was killed.
-        beside = folder.with_suffix(".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        beside = file.with_suffix(".tmp")
         try:
             _write(source, tokenizer, beside, progress)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(beside, folder)
+            os.replace(beside, file)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        shard = _open(folder)
+            beside.unlink(missing_ok=True)
+        shard = _open(file)
     if shard is None:
-        raise OSError(f"{folder} does not read back as it was written.")
+        raise OSError(f"{file} does not read back as it was written.")
     return shard
 
 
-def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: TokenizingProgress | None) -> None:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: TokenizingProgress | None) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     by_id = tokenizer.token_bytes
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     lengths: list[int] = []
@@ -175,10 +172,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: Tokeniz
     domain: list[int] = []
     key: list[int] = []
     domains: dict[str, int] = {}
-    with (
-        open(folder / "tokens.bin", "wb") as tokens_file,
-        open(folder / "token_bytes.bin", "wb") as bytes_file,
-    ):
+    with _spooled(file) as tokens, _spooled(file) as token_bytes:
         for documents, encoded in _encoded(_batches(source.documents()), tokenizer):
             for document, (ids, covered) in zip(documents, encoded, strict=True):
                 if len(ids) == 0:  # nothing to predict: blanks that the tokenizer drops
@@ -188,35 +182,72 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: Tokeniz
                 domain.append(domains.setdefault(document.domain, len(domains)))
                 key.append(document.key)
                 if by_id is None:
-                    covered.tofile(bytes_file)
+                    token_bytes.write(covered.astype(np.uint32).tobytes())
             ids = np.concatenate([ids for ids, _ in encoded])
-            ids.astype(dtype).tofile(tokens_file)
+            tokens.write(ids.astype(dtype).tobytes())
             if progress is not None:
                 counts += np.bincount(ids, minlength=len(counts))
                 progress.add(source.name, len(documents), len(ids))
-    if not lengths and progress is not None:
-        raise BadData(f"{source.name} holds no documents.")
-    if len(domains) > 1 << 16:
-        raise BadData(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
-    if by_id is not None:
-        (folder / "token_bytes.bin").unlink()
-    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
-    np.array(n_bytes, dtype=np.int64).tofile(folder / "n_bytes.bin")
-    np.array(domain, dtype=np.uint16).tofile(folder / "domain.bin")
-    np.array(key, dtype=np.uint64).tofile(folder / "key.bin")
-    if progress is not None:
-        counts.tofile(folder / "counts.bin")
-    meta = {
-        "source": source.name,
-        "tokenizer": tokenizer.fingerprint,
-        "documents": len(lengths),
-        "tokens": sum(lengths),
-        "bytes": sum(n_bytes),
-        "dtype": np.dtype(dtype).name,
-        "domains": list(domains),
-        "files": {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())},
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        if not lengths and progress is not None:
+            raise BadData(f"{source.name} holds no documents.")
+        if len(domains) > 1 << 16:
+            raise BadData(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
+        # The widest first, so that each array begins where its dtype may lie.
+        parts: dict[str, tuple[str, int, IO[bytes]]] = {
+            "offsets": _part("I64", np.cumsum([0, *lengths], dtype="<i8")),
+            "n_bytes": _part("I64", np.array(n_bytes, dtype="<i8")),
+            "key": _part("U64", np.array(key, dtype="<u8")),
+        }
+        if progress is not None:
+            parts["counts"] = _part("I64", counts.astype("<i8"))
+        if by_id is None:
+            parts["token_bytes"] = "U32", sum(lengths), token_bytes
+        parts["tokens"] = f"U{8 * dtype.itemsize}", sum(lengths), tokens
+        parts["domain"] = _part("U16", np.array(domain, dtype="<u2"))
+        about = {
+            "source": source.name,
+            "tokenizer": tokenizer.fingerprint,
+            "documents": str(len(lengths)),
+            "bytes": str(sum(n_bytes)),
+        }
+        _write_safetensors(file, parts, list(domains), about)
+
+
+def _spooled(file: Path) -> "tempfile.SpooledTemporaryFile[bytes]":
+    return tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(file.parent))
+
+
+def _part(dtype: str, values: np.ndarray) -> tuple[str, int, IO[bytes]]:
+    return dtype, len(values), io.BytesIO(values.tobytes())
+
+
+def _write_safetensors(
+    file: Path, parts: dict[str, tuple[str, int, IO[bytes]]], domains: list[str], about: dict[str, str]
+) -> None:
+    """Arrays (dtype, length, bytes) one after the other. The library's own writer holds all of them in memory."""
+    place = 0
+    arrays: dict[str, Any] = {}
+    for name, (dtype, length, _) in parts.items():
+        end = place + length * np.dtype(DTYPES[dtype]).itemsize
+        arrays[name] = {"dtype": dtype, "shape": [length], "data_offsets": [place, end]}
+        place = end
+    digest = _digest(arrays, domains)
+    for _, _, content in parts.values():
+        content.seek(0)
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    metadata = about | {"domains": json.dumps(domains), "sha256": digest.hexdigest()}
+    header = json.dumps({"__metadata__": metadata, **arrays}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(file, "wb") as written:
+        written.write(len(header).to_bytes(8, "little") + header)
+        for _, _, content in parts.values():
+            content.seek(0)
+            shutil.copyfileobj(content, written, 1 << 20)
+
+
+def _digest(arrays: dict[str, Any], domains: list[str]) -> "hashlib._Hash":
+    return hashlib.sha256(json.dumps([arrays, domains], sort_keys=True).encode())
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -250,43 +281,40 @@ def _encoded(
                 yield documents, future.result()
 
 
-def _open(folder: Path) -> Shard | None:
-    """The entry, checked against its meta.json; None if there is none or (with a warning) a damaged one."""
-    if not folder.is_dir():
+def _open(file: Path) -> Shard | None:
+    """The entry, checked; None if there is none or (with a warning) a damaged one."""
+    try:
+        with open(file, "rb") as opened:
+            contents = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError:  # also removed meanwhile: it was not used for long
+        return None
+    except (OSError, ValueError) as error:  # not readable; empty
+        log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for name, (size, digest) in meta["files"].items():
-            path = folder / name
-            if path.stat().st_size != size or _sha256(path) != digest:
-                raise ValueError(f"{name} is not what was written")
+        begin = 8 + int.from_bytes(contents[:8], "little")
+        arrays = json.loads(bytes(contents[8:begin]))
+        metadata = arrays.pop("__metadata__")
+        domains = json.loads(metadata["domains"])
+        digest = _digest(arrays, domains)
+        digest.update(contents[begin:])
+        if digest.hexdigest() != metadata["sha256"]:
+            raise ValueError("its SHA-256 is not what was written")
+        data = {
+            name: np.ndarray(of["shape"], DTYPES[of["dtype"]], contents, begin + of["data_offsets"][0])
+            for name, of in arrays.items()
+        }
         return Shard(
-            tokens=_mapped(folder / "tokens.bin", meta["dtype"]),
-            offsets=_mapped(folder / "offsets.bin", "int64"),
-            n_bytes=_mapped(folder / "n_bytes.bin", "int64"),
-            domain=_mapped(folder / "domain.bin", "uint16"),
-            key=_mapped(folder / "key.bin", "uint64"),
-            counts=_mapped(folder / "counts.bin", "int64") if "counts.bin" in meta["files"] else None,
-            token_bytes=_mapped(folder / "token_bytes.bin", "uint32")
-            if "token_bytes.bin" in meta["files"]
-            else None,
-            domains=meta["domains"],
-            checksum=hashlib.sha256(json.dumps([meta["files"], meta["domains"]]).encode()).hexdigest(),
+            tokens=data["tokens"],
+            offsets=data["offsets"],
+            n_bytes=data["n_bytes"],
+            domain=data["domain"],
+            key=data["key"],
+            counts=data.get("counts"),
+            token_bytes=data.get("token_bytes"),
+            domains=domains,
+            checksum=metadata["sha256"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if not folder.is_dir():  # removed meanwhile: it was not used for long
-            return None
-        log.warning("The token cache entry %s is damaged (%s) and is made again.", folder, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
         return None
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    if path.stat().st_size == 0:  # cannot be mapped
-        return np.zeros(0, dtype=dtype)
-    # A plain view of the map: slicing np.memmap itself costs ten times as much.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Which backend runs an operation: the one rule shared by all of them."""
+"""Which backend runs an operation, and in which precision: the rules shared by all of them."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -51,3 +51,19 @@ def _say_once(op_name: str, name: str) -> bool:
         _said.add((op_name, name))
         log.info("%s: backend auto takes %s", op_name, name)
     return True
+
+
+def product_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
+    """What a matrix product of the two is computed in: autocast's dtype inside autocast, else the wider of theirs.
+
+    float64 stays.
+    """
+    device = x.device.type
+    wider = torch.promote_types(x.dtype, y.dtype)
+    if (
+        wider != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return wider

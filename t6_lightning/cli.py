@@ -22,7 +22,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
 from datamodules.base import TokenData
+from datamodules.errors import reason_in
 from t6_lightning import parallel
+from t6_lightning.backend import check_backend
 from t6_lightning.callbacks.cadence import Cadence
 from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from t6_lightning.callbacks.monitor import Monitor
@@ -61,7 +63,7 @@ class Parser(LightningArgumentParser):
 
 def one_sentence(message: str, parser: LightningArgumentParser) -> str:
     """jsonargparse's nested report on one line, with the nearest existing names for an unknown one."""
-    text = re.sub(r"\s+", " ", message.replace("\n", " ")).strip()
+    text = reason_in(message)
     text = text.replace("Parser key ", "").replace("t6_lightning.model.attention.", "")
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '(\w+)' is not accepted", text)
     if unknown:
@@ -132,6 +134,18 @@ class T6CLI(LightningCLI):
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
             trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except BadInput:
+            raise
+        except ValueError as error:
+            # jsonargparse hides what a data module says of its settings among the types that it tried.
+            reason = reason_in(str(error))
+            if reason == " ".join(str(error).split()):
+                raise
+            raise BadInput(f"data.{reason}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         built: Any = self.config_init
@@ -229,4 +243,5 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
     command, *rest = arguments
     cli = T6CLI(command, with_config_files(command, rest))
+    check_backend(cli.model.config, cli.trainer.strategy.root_device)
     return getattr(running, command)(cli)

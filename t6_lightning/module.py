@@ -61,7 +61,7 @@ class T6Module(pl.LightningModule):
         self._sums: torch.Tensor | None = None
         self._positions = 0
         # Plain types only: checkpoints are read without unpickling code.
-        plain = {"net": net.to_dict(), "confine_to_documents": confine_to_documents}
+        plain = {"net": net.architecture(), "confine_to_documents": confine_to_documents}
         self.save_hyperparameters(plain, logger=False)
 
     def configure_model(self) -> None:
@@ -150,7 +150,7 @@ class T6Module(pl.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         targets = batch["targets"]
-        nats = self._token_losses(batch).sum()
+        nats = self._summed_loss(batch)
         sums = torch.stack([nats.detach().double(), (targets != IGNORE).sum().double()])
         self._sums = sums if self._sums is None else self._sums + sums
         self._positions += targets.numel()
@@ -186,6 +186,10 @@ class T6Module(pl.LightningModule):
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
         """Negative log-likelihood in nats of every token of the window (B, T), with its target and domain."""
         return {"nll": self._token_losses(batch), "targets": batch["targets"], "domain": batch["domain"]}
+
+    def _summed_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        documents = batch["documents"] if self.confine_to_documents else None
+        return self.net.summed_loss(batch["tokens"], batch["targets"], documents)
 
     def _token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         documents = batch["documents"] if self.confine_to_documents else None

@@ -7,6 +7,7 @@ number of ranks goes on from them.
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
@@ -57,8 +59,13 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
     def connected_program() -> int:
         strategy.connect(module)
         strategy.setup_environment()
+        # Lightning's own way out, when Python ends, is too late: the first process waits for the others to end.
+        atexit.unregister(_destroy_dist_connection)
         console.quiet = not ranks.is_first()
-        return program()
+        try:
+            return program()
+        finally:
+            ranks.disconnect()
 
     try:
         code = (
@@ -119,7 +126,8 @@ def shard(net: T6, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     # Embedding and output matrix stay gathered from the forward to the backward pass.
     fully_shard(net, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(net, "token_losses")
+    for method in ("token_losses", "summed_loss"):
+        register_fsdp_forward_method(net, method)
 
 
 def is_sharded(net: nn.Module) -> bool:

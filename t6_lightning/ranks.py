@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,6 +33,17 @@ def is_first() -> bool:
         return distributed.get_rank() == 0
     named = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
     return not named or int(named[0]) == 0
+
+
+def disconnect(patience: float = 10) -> None:
+    """Leave the group of processes, all at the same time: NCCL's part of it waits for the other ranks to leave too.
+
+    A rank that died or hangs is waited for no longer than `patience` seconds.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(patience)
 
 
 def total(sums: torch.Tensor) -> torch.Tensor:

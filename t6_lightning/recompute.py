@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from kernels.attention import OPERATORS
 from t6_lightning.errors import require
 
 Recompute = Literal["none", "selective", "full"]
@@ -25,10 +26,7 @@ aten = torch.ops.aten
 DEAR = {
     aten.mm.default,
     aten.addmm.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+    *OPERATORS,
 }
 """Operations whose results `selective` keeps: products with weights, and attention. What lies between (norms, RoPE,
 contractions of factors, SiLU, dropout) is cheap to compute and large to keep."""

@@ -76,6 +76,7 @@ def finish(cli: T6CLI, folder: RunFolder, trained: T6) -> dict[str, Any]:
         "kv_cache/mha_bytes_per_token": mha_elements * element_bytes,
         "data/tokens": step * (cli.cadence.tokens_per_step or 0),
         "data/fingerprint": cli.datamodule.fingerprint,
+        "data/faults": dict(cli.datamodule.faults),
         "mechanism": net.attention.mechanism,
         "step": step,
         "seconds": round(time.monotonic() - cli.started, 1),

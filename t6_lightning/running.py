@@ -15,7 +15,7 @@ import yaml
 
 from datamodules.errors import SourceUnavailable
 from t6_lightning import checkpoint_files, environment, parallel, ranks, report
-from t6_lightning.callbacks.checkpoints import Interrupted
+from t6_lightning.callbacks.checkpoints import CutOff, Interrupted
 from t6_lightning.callbacks.spikes import Diverged
 from t6_lightning.checkpoint_files import CheckpointError
 from t6_lightning.cli import T6CLI
@@ -111,6 +111,10 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
         code = _after_signal(cli, folder, error.signum)
+    except CutOff as error:
+        status, mlflow_status, code = "interrupted", "KILLED", 75
+        if reason := str(error):
+            print(f"error: {reason}", file=sys.stderr)
     except Diverged as error:
         if ranks.is_first():
             _explain_divergence(cli, folder, error)
@@ -181,6 +185,7 @@ NO_PART_OF_WHAT_IS_COMPUTED = (
     *("data.init_args.num_workers", "data.init_args.batch_size", "checkpoints.keep"),
     *("checkpoints.asynchronous", "checkpoints.sharded"),
     *("model.recompute", "model.compile"),
+    *("model.net.attention_backend", "model.net.attention_saves"),
 )
 """Where a run is logged, and over what it is spread: tokens per step are a setting of their own."""
 
@@ -200,7 +205,7 @@ def _refuse_other_architecture(cli: T6CLI, checkpoint: Path, whole: bool = False
     """
     state = checkpoint_files.load(checkpoint, whole)
     there = dict(_leaves(state["hyper_parameters"]["net"]))
-    here = dict(_leaves(cli.model.config.to_dict()))
+    here = dict(_leaves(cli.model.config.architecture()))
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
     differ = [
         name for name in sorted(there | here) if there.get(name) != here.get(name) and name not in shapeless

@@ -34,6 +34,7 @@ LONG = (
     "test_readme",
     "test_attention_contract",
     "test_distributed",
+    "test_stream_runs",
     "test_spikes",
     "test_resume",
     "test_cli",

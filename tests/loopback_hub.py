@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -9,11 +10,18 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 FAULTS = ("drop", "short", "stall", "429", "500", "503")
+
+
+@functools.cache
+def digest_of(data: bytes) -> str:
+    """SHA-256. Kept: Python hashes bytes for the look-up once, and large files are asked for often."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Repository:
         """A hash that changes with the content, as a commit's does."""
         digest = hashlib.sha1()
         for path, data in sorted(self.files.items()):
-            digest.update(path.encode() + hashlib.sha1(data).digest())
+            digest.update(f"{path} {digest_of(data)} ".encode())
         return digest.hexdigest()
 
 
@@ -96,6 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self.do_GET()
+
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         parts = [unquote(part) for part in address.path.strip("/").split("/")]
@@ -124,9 +139,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"id": name, "sha": commit, "siblings": siblings, "tags": []})
         if api and rest[0] == "tree":
             return self.tree(repository, name, "/".join(rest[2:]), commit, parse_qs(address.query))
+        if api and rest[0] == "paths-info":
+            return self.answer(list(self.about(repository, parse_qs(self.body)["paths"])))
         if not api and rest[0] == "resolve":
             return self.file(repository, "/".join(rest[2:]), commit)
         return self.refuse(404, "", "Not found")
+
+    def about(self, repository: Repository, paths: list[str]) -> Iterator[dict[str, object]]:
+        """What a tree says of some files and folders; those that are not there are left out."""
+        for path in paths:
+            data = repository.files.get(path)
+            if data is None:
+                if any(file.startswith(f"{path}/") for file in repository.files):
+                    yield {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
+                continue
+            oid = hashlib.sha1(data).hexdigest()
+            entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": oid}
+            if len(data) > 1000:
+                entry["lfs"] = {"oid": digest_of(data), "size": len(data), "pointerSize": 130}
+            yield entry
 
     def tree(
         self, repository: Repository, name: str, folder: str, commit: str, query: dict[str, list[str]]
@@ -136,19 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
         paths = sorted(path for path in repository.files if path.startswith(prefix))
         if folder and not paths:
             return self.refuse(404, "EntryNotFound", "Entry not found")
+        if query.get("recursive") == ["false"]:
+            paths = sorted({prefix + path.removeprefix(prefix).split("/")[0] for path in paths})
         first = int(query.get("cursor", ["0"])[0])
-        entries = []
-        for path in paths[first : first + self.server.page]:
-            data = repository.files[path]
-            entry: dict[str, object] = {"type": "file", "path": path, "size": len(data)}
-            entry["oid"] = hashlib.sha1(data).hexdigest()
-            if len(data) > 1000:
-                entry["lfs"] = {
-                    "oid": hashlib.sha256(data).hexdigest(),
-                    "size": len(data),
-                    "pointerSize": 130,
-                }
-            entries.append(entry)
+        entries = list(self.about(repository, paths[first : first + self.server.page]))
         headers = {}
         if first + self.server.page < len(paths):
             following = f"{self.server.endpoint}/api/datasets/{name}/tree/{commit}/{folder}?recursive=true"
@@ -182,8 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         if span:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{digest_of(data)}"')
         self.end_headers()
+        if self.command == "HEAD":
+            return None
         if fault in ("drop", "stall"):
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -205,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         body = json.dumps({"error": message}).encode()
@@ -215,4 +240,5 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -22,6 +22,8 @@ def _rank(arguments: list[str], environment: dict[str, str], errors: str, prepar
     import torch
 
     torch.set_num_threads(1)
+    # Workers of torch's loaders end when their parent is not the process that asked for them.
+    multiprocessing.set_start_method("fork", force=True)
     if preparation is not None:
         preparation()
     from t6_lightning.__main__ import main
@@ -73,6 +75,7 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["t6_lightning.cli", "mlflow.tracking", "matplotlib.pyplot"])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "T6_HOME": os.environ["T6_HOME"]}
+    shared |= {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
     processes = []
     for rank in range(world):
         own = shared | (of_slurm if slurm else of_torchrun)(rank, world)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tokenizers
 from data_helpers import TEXTS, many_texts, write_jsonl
+from safetensors import safe_open
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from datamodules import token_cache
 from datamodules.documents import Document, Source, hash64
 from datamodules.errors import BadData
 from datamodules.text_files import file_source
@@ -23,6 +25,10 @@ from datamodules.tokenizer import load_tokenizer
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("T6_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+def entries(folder):
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix == "")
 
 
 def source_of(texts, name="texts", reads=None):
@@ -77,19 +83,21 @@ def test_another_tokenizer_or_a_changed_file_is_another_entry(tmp_path):
     assert tokens("bytes") == as_bytes + 4
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "key.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_damaged_entry_is_made_again(file, damage, home, caplog):
+@pytest.mark.parametrize("place", ["length", "header", "offsets", "key", "tokens", "last byte"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "emptied"])
+def test_damaged_entry_is_made_again(place, damage, home, caplog):
     tokenizer, reads = load_tokenizer("bytes", 0, list), []
     (before,) = cached_shards([source_of(TEXTS, reads=reads)], tokenizer)
     expected = before.tokens.tolist()
-    (path,) = (home / "tokens").glob(f"*/{file}")
+    (path,) = entries(home / "tokens")
     data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    places = {"length": 0, "header": data.index(b"sha256") + 12, "last byte": len(data) - 1}
+    at = places[place] if place in places else begin + header[place]["data_offsets"][0]
     path.unlink()  # `before` still maps the old bytes
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        path.write_bytes(bytes([data[0] ^ 255]) + data[1:])
+    flipped = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+    path.write_bytes({"cut": data[:at], "flip": flipped, "emptied": b""}[damage])
     (after,) = cached_shards([source_of(TEXTS, reads=reads)], tokenizer)
     assert after.tokens.tolist() == expected
     assert after.checksum == before.checksum
@@ -100,12 +108,31 @@ def test_damaged_entry_is_made_again(file, damage, home, caplog):
 def test_killed_writer_leaves_nothing_in_the_way(home):
     tokenizer = load_tokenizer("bytes", 0, list)
     cached_shards([source_of(TEXTS)], tokenizer)
-    (entry,) = [path for path in (home / "tokens").iterdir() if path.is_dir()]
+    (entry,) = entries(home / "tokens")
     entry.rename(entry.with_suffix(".tmp"))  # as if killed just before the rename
-    (entry.with_suffix(".tmp") / "tokens.bin").write_bytes(b"half")
     (shard,) = cached_shards([source_of(TEXTS)], tokenizer)
     assert len(shard.tokens) == sum(len(text.encode()) for text in TEXTS)
     assert not entry.with_suffix(".tmp").exists()
+
+
+def test_entry_is_a_safetensors_file(home):
+    (shard,) = cached_shards([source_of(TEXTS)], load_tokenizer("bytes", 0, list))
+    with safe_open(entries(home / "tokens")[0], "numpy") as file:
+        assert set(file.keys()) == {"tokens", "offsets", "n_bytes", "domain", "key", "counts"}
+        for name in file.keys():  # noqa: SIM118
+            assert np.array_equal(file.get_tensor(name), getattr(shard, name))
+        size = sum(len(text.encode()) for text in TEXTS)
+        assert (file.metadata()["documents"], file.metadata()["bytes"]) == (str(len(TEXTS)), str(size))
+
+
+def test_a_large_source_goes_through_files(home, monkeypatch):
+    tokenizer = load_tokenizer("bytes", 0, list)
+    (held,) = cached_shards([source_of(TEXTS)], tokenizer)
+    entries(home / "tokens")[0].unlink()
+    monkeypatch.setattr(token_cache, "IN_MEMORY_BYTES", 10)
+    (through_files,) = cached_shards([source_of(TEXTS)], tokenizer)
+    assert through_files.checksum == held.checksum
+    assert len(list((home / "tokens").iterdir())) == 2  # the entry and a lock
 
 
 def test_bad_source_leaves_nothing_behind(home):
@@ -132,7 +159,7 @@ def test_two_processes_fill_one_entry(tmp_path, home):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=100)[0] for process in both]
     assert printed[0] == printed[1] != ""
-    assert len([entry for entry in (home / "tokens").iterdir() if entry.is_dir()]) == 1
+    assert len(entries(home / "tokens")) == 1
 
 
 def test_byte_counts_are_exact_without_a_byte_level_tokenizer(tmp_path):
@@ -149,12 +176,8 @@ def test_byte_counts_are_exact_without_a_byte_level_tokenizer(tmp_path):
     assert sums.tolist() == shard.n_bytes.tolist()
 
 
-def test_meta_counts_what_is_there(home):
-    cached_shards([source_of(TEXTS)], load_tokenizer("bytes", 0, list))
-    (path,) = (home / "tokens").glob("*/meta.json")
-    meta = json.loads(path.read_text())
-    size = sum(len(text.encode()) for text in TEXTS)
-    assert (meta["documents"], meta["tokens"], meta["bytes"]) == (len(TEXTS), size, size)
+def pieces_of(home):
+    return home / "tokens" / "pieces"
 
 
 def piece(number, size=1000):
@@ -162,22 +185,17 @@ def piece(number, size=1000):
     return Source(f"piece {number}", f"identity {number}", lambda: iter([Document(text, "d", hash64(text))]))
 
 
-def entries(home):
-    return sorted(path for path in (home / "tokens" / "pieces").iterdir() if path.is_dir())
-
-
 def test_pieces_not_used_for_longest_go_first(home):
     tokenizer = load_tokenizer("bytes", 0, list)
     cache = PieceCache(tokenizer, 10**9)
     held = cache.shard(piece(0))
-    size = sum(path.stat().st_size for path in entries(home)[0].iterdir())
+    size = entries(pieces_of(home))[0].stat().st_size
     cache = PieceCache(tokenizer, 8 * size + size // 2)
     for number in range(30):
         cache.shard(piece(number))
         cache.shard(piece(0))  # in use all the time
         time.sleep(0.002)
-    assert 4 <= len(entries(home)) <= 8 + 1
-    assert not list((home / "tokens" / "pieces").glob("*.gone"))
+    assert 4 <= len(entries(pieces_of(home))) <= 8 + 1
     assert held.tokens[:2].tolist() == list(b"0 ")  # what is mapped stays readable
     reads = []
     cache.shard(Source("piece 0", "identity 0", lambda: reads.append(1) or iter([])))
@@ -196,7 +214,7 @@ def test_an_empty_piece_is_kept_like_any_other(home):
 def test_a_damaged_piece_is_made_again(home, caplog):
     tokenizer = load_tokenizer("bytes", 0, list)
     before = PieceCache(tokenizer, 10**9).shard(piece(1)).tokens.tolist()
-    path = entries(home)[0] / "tokens.bin"
+    (path,) = entries(pieces_of(home))
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[:-4] + b"oops")

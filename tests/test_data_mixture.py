@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_helpers import many_texts, write_jsonl
 from loopback_hub import LoopbackHub
 from stream_helpers import c4, consume, fineweb_edu, first, tokens_of
 
 from datamodules import C4, BadData, FineWebEdu, Mixture, TextFiles, pieces
+from datamodules.__main__ import main as prepare
 from datamodules.mixture import Shares
 
 COMMON = {"tokenizer": "bytes", "context": 64, "batch_size": 4, "val_tokens": 1500}
@@ -169,3 +171,42 @@ def test_bad_settings_are_said(mixture):
         mixture(schedule={-1: WEIGHTS})
     with pytest.raises(BadData, match="sources: the list is empty"):
         Mixture({}, {})
+
+
+REFUSED = {
+    "nan": ({"weights": {"a": float("nan"), "b": 1.0}}, "weights: "),
+    "infinite": ({"weights": {"a": float("inf"), "b": 1.0}}, "allowed: finite weights from 0 on"),
+    "overflow": ({"weights": {"a": 1e308, "b": 1e308}}, "allowed: finite weights from 0 on"),
+    "negative": ({"weights": {"a": -1.0, "b": 1.0}}, "allowed: finite weights from 0 on"),
+    "missing": ({"weights": {"a": 1.0}}, "weights: it names ['a']"),
+    "schedule": ({"schedule": {-5: {"a": 1.0, "b": 0.0}}}, "schedule: -5 is not allowed"),
+    "type": ({"batch_size": 2.5}, "\"batch_size\": Expected a <class 'int'>. Got value: 2.5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("program", ["fit", "prepare"])
+def test_what_a_data_module_refuses_is_one_sentence(case, program, tmp_path, capsys):
+    wrong, says = REFUSED[case]
+    local = {"class_path": "TextFiles", "init_args": {"files": [str(tmp_path / "books.jsonl")]}}
+    right = {"sources": {"a": local, "b": local}, "weights": {"a": 0.5, "b": 0.5}, "tokenizer": "bytes"}
+    config = tmp_path / "mixture.yaml"
+    data = {"data": {"class_path": "Mixture", "init_args": right | wrong}}
+    config.write_text(yaml.safe_dump(data))
+    if program == "fit":
+        from t6_lightning.__main__ import main
+
+        assert main(["fit", "--config", str(config), "--dry_run"]) == 2
+    else:
+        assert prepare(["prepare", "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1
+    assert "Union" not in said
+
+
+def test_a_schedule_below_one_window_leaves_the_weights_before_it(mixture):
+    one, other = {"edu": 1, "c4": 0, "books": 0}, {"edu": 0, "c4": 0, "books": 1}
+    data = mixture(one, schedule={10: other})
+    data.training_windows(data.validation_keys())
+    assert [data.locate(sample)[0] for sample in range(4)] == [0, 2, 2, 2]

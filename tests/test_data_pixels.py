@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import struct
+import subprocess
+import sys
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from data_helpers import real_data
+from loopback_hub import LoopbackHub
 from stream_helpers import first, tokens_of
 
 from datamodules import BadData, Pixels
@@ -99,3 +106,47 @@ def test_bad_settings_are_said(digits, tmp_path):
     (tmp_path / "cut").write_bytes(b"\0\0\x08\x03\0\0")
     with pytest.raises(BadData, match="cut is no idx file of images, or is cut"):
         Pixels(**settings | {"images": str(tmp_path / "cut")}, context=12).prepare_data()
+
+
+def color_images(n: int = 20) -> tuple[np.ndarray, bytes]:
+    """Random images of 3 x 2 in colour, and a parquet file of them as `datasets` writes it."""
+    images = np.random.default_rng(1).integers(0, 256, (n, 3, 2, 3), dtype=np.uint8)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"img": [PIL.Image.fromarray(image) for image in images], "label": [i % 2 for i in range(n)]}
+    written = io.BytesIO()
+    datasets.Dataset.from_dict(columns, features).to_parquet(written)
+    return images, written.getvalue()
+
+
+def test_colour_images_of_a_parquet_file_run_pixel_by_pixel(tmp_path):
+    images, content = color_images()
+    (tmp_path / "val.parquet").write_bytes(content)
+    (tmp_path / "train.parquet").write_bytes(color_images(50)[1])
+    files = {"images": str(tmp_path / "train.parquet"), "val_images": str(tmp_path / "val.parquet")}
+    data = Pixels(**files, context=18, batch_size=4)
+    targets = torch.cat([batch["targets"] for batch in data.val_dataloader()]).tolist()
+    assert targets == images.reshape(20, -1).tolist()
+    assert data.tokenizer.vocab_size == 256 + 2 + 1
+    grey = Pixels(**files, grey=True, context=6, batch_size=4)
+    assert next(iter(grey.val_dataloader()))["targets"].shape == (4, 6)
+
+
+def test_images_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
+    images, content = color_images()
+    code = (
+        "import torch\n"
+        "from datamodules import Pixels\n"
+        "data = Pixels('some/images', context=18, batch_size=4)\n"
+        "print(torch.cat([batch['targets'] for batch in data.val_dataloader()]).tolist())\n"
+    )
+    with LoopbackHub() as hub:
+        parts = {"train": color_images(30)[1], "test": content}
+        hub.add(
+            "some/images", {f"data/{split}-00000-of-00001.parquet": file for split, file in parts.items()}
+        )
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == images.reshape(20, -1).tolist()

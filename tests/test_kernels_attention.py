@@ -6,7 +6,7 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 import pytest
 import torch
 
-from kernels.attention import attention
+from kernels.attention import attention, offsets
 from kernels.tolerances import assert_close, assert_matches
 
 BACKENDS = ["plain", "sdpa"]
@@ -109,9 +109,41 @@ def test_inputs_that_do_not_fit_are_refused():
         attention(q, k, v, scale=1.0, causal=False, mask=mask.float())
     with pytest.raises(ValueError, match="mask must be bool"):
         attention(q, k, v, scale=1.0, causal=False, mask=mask[0, 0])
-    with pytest.raises(ValueError, match="unknown backend 'flash'"):
-        attention(q, k, v, scale=1.0, backend="flash")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        attention(q, k, v, scale=1.0, backend="fast")
 
 
 def _suffixed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"q_BTHD": inputs["q"], "k_BMGD": inputs["k"], "v_BMGE": inputs["v"]}
+
+
+# --- packed documents ---
+
+
+def test_documents_are_where_their_index_changes():
+    documents = torch.tensor([[4, 4, 4, 5, 5], [5, 5, 5, 5, 9]])
+    begins = offsets(documents)
+    assert begins.dtype == torch.int32
+    assert begins[:5].tolist() == [0, 3, 5, 9, 10]
+    assert begins[4:].eq(10).all()
+    assert len(begins) == 64
+
+
+def test_documents_see_themselves_alone():
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(2, 7, 3, 8, dtype=torch.float64) for name in ("q_BTHD", "k_BMGD", "v_BMGE")}
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3] * 7])
+    whole = attention(**inputs, scale=0.3, documents=offsets(documents))
+    for row, first, past in ((0, 0, 3), (0, 3, 5), (0, 5, 7), (1, 0, 7)):
+        alone = {name: tensor[row : row + 1, first:past] for name, tensor in inputs.items()}
+        expected = attention(**alone, scale=0.3, backend="plain")
+        assert_close(whole[row : row + 1, first:past], expected, torch.float64)
+
+
+def test_named_implementations_say_why_they_cannot_run_here():
+    q = torch.randn(1, 4, 2, 8)
+    for name, why in (("cudnn", "NVIDIA GPU"), ("flash", "NVIDIA GPU"), ("varlen", "packed documents")):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot run here: .*{why}"):
+            attention(q, q, q, scale=1.0, backend=name)
+    with pytest.raises(ValueError, match="documents need causal=True"):
+        attention(q, q, q, scale=1.0, causal=False, documents=offsets(torch.zeros(1, 4)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.bench import decode_table
+from kernels.bench import cases, decode_table
 from kernels.bench.__main__ import main
 from kernels.bench.others import REFERENCE_FILES, Reference
 from kernels.bench.plot import main as plot
@@ -56,6 +56,23 @@ def test_json_on_standard_output(operation, backends, capsys):
     assert {row["mode"] for row in result["rows"]} == {"forward", "forward+backward"}
 
 
+def test_the_papers_sizes(capsys, monkeypatch):
+    assert [sizes["heads"] for sizes in cases.PAPER_SIZES["contract"]] == [34, 34, 47, 47, 61, 61, 78, 78]
+    small = [{**sizes, "batch": 1, "context": 3} for sizes in cases.PAPER_SIZES["contract"][:2]]
+    monkeypatch.setitem(cases.PAPER_SIZES, "contract", small)
+    assert main(["contract", "--paper", *QUICK, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [case["sizes"]["rank"] for case in found["cases"]] == [6, 2]
+    for case in found["cases"]:
+        check(case, "contract", {"plain", "separate passes"})
+    # Forward: a 34·6, b 64·6 and the result 34·64 of 3 tokens, 4 bytes each; both passes: factors 3 times, 2 results.
+    factors, result = 4 * 3 * 6 * (34 + 64), 4 * 3 * 34 * 64
+    assert [row["least_bytes"] for row in found["cases"][0]["rows"][:2]] == [
+        factors + result,
+        3 * factors + 2 * result,
+    ]
+
+
 def test_as_a_command_with_json_in_a_file(tmp_path):
     file = tmp_path / "decode.json"
     done = subprocess.run(
@@ -82,6 +99,8 @@ def test_as_a_command_with_json_in_a_file(tmp_path):
         (["contract", "--head-dim", "7"], "--head-dim must be even for RoPE, got 7"),
         (["loss", "--seconds", "soon"], "--seconds: must be a number of seconds, got 'soon'"),
         (["loss", "--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["loss", "--paper", "--d-model", "8"], "--paper has its own sizes: leave out --d-model"),
+        (["decode", "--paper"], "unrecognized arguments: --paper"),
         (["decode", "--table"], "--table times the Triton kernel: it needs a CUDA device"),
         (["decode", "--table", "--head-dim", "8"], "--table has its own sizes: leave out --head-dim"),
         (["train"], "invalid choice: 'train'"),

@@ -6,13 +6,13 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 import pytest
 import torch
 
-from kernels.attention import attention
+from kernels.attention import attention, offsets
 from kernels.contract import contract
 from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
 from kernels.decode.grouped import decode_grouped
 from kernels.factors import query_and_key
 from kernels.linear import linear
-from kernels.loss import linear_cross_entropy
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.tolerances import assert_close, assert_matches
 
 pytestmark = [
@@ -32,6 +32,102 @@ def inputs(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("R", [1, 2, 6])
 def test_contract(R, dtype):
     assert_matches(contract, contract, inputs(a_BTRH=(2, 63, R, 47), b_BTRD=(2, 63, R, 64)), dtype)
+
+
+needs_triton = pytest.mark.skipif(not TRITON_IS_INSTALLED, reason="the package triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("T", "R", "H", "D", "W", "pairing"),
+    [
+        (63, 6, 47, 64, 64, "halves"),
+        (1, 1, 34, 64, 0, "halves"),
+        (63, 2, 61, 64, 20, "halves"),
+        (33, 6, 78, 64, 64, "interleaved"),
+        (9, 17, 5, 128, 128, "halves"),
+        (9, 2, 34, 256, 64, "halves"),
+        (5, 3, 3, 32, 32, "interleaved"),
+        (9, 6, 130, 96, 96, "halves"),
+    ],
+)
+def test_triton_contract(T, R, H, D, W, pairing, dtype):
+    angles = torch.rand(T, W // 2, device="cuda") * 6
+
+    def by(backend: str):
+        def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            wide = torch.promote_types(a.dtype, torch.float32)
+            turn = (angles.cos().to(wide), angles.sin().to(wide)) if W else (None, None)
+            return contract(a, b, *turn, pairing=pairing, backend=backend)
+
+        return run
+
+    # Slices of one projection, as the model has them.
+    projected = inputs(x=(2, T, R * (H + D)))["x"]
+    factors = {
+        "a": projected[..., : R * H].unflatten(-1, (R, H)),
+        "b": projected[..., R * H :].unflatten(-1, (R, D)),
+    }
+    assert_matches(by("triton"), by("plain"), factors, dtype)
+
+
+@needs_triton
+def test_a_block_compiles_into_one_graph_with_the_same_gradients():
+    from t6_lightning.model.attention.tpa import TPAConfig
+    from t6_lightning.model.config import T6Config
+    from t6_lightning.model.t6 import T6
+
+    tokens = torch.randint(97, (2, 300), device="cuda")
+    documents = (torch.arange(300, device="cuda") // 70).expand(2, -1)
+    found = {}
+    for saves in ("qkv", "factors"):
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            attention_config = TPAConfig(5, 64)
+            config = T6Config(97, 128, 2, 300, attention_config, output_init="scaled", attention_saves=saves)
+            model = T6(config).cuda()
+            if compiled:
+                torch._dynamo.reset()
+                for block in model.blocks:
+                    block.compile(fullgraph=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model.loss(tokens, tokens.roll(-1, 1), documents)
+            loss.backward()
+            found[saves, compiled] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = found["qkv", False]
+    for gradient in found.values():
+        assert float((gradient - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("backend", ["auto", "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("T", "H", "G", "D"), [(63, 47, 47, 64), (129, 34, 2, 64), (1030, 6, 1, 128), (257, 3, 3, 96)]
+)
+def test_named_attention(T, H, G, D, dtype, backend):
+    if backend == "efficient" and G != H:
+        pytest.skip("it shares no heads")
+    assert_matches(
+        lambda **tensors: attention(**tensors, scale=0.125, backend=backend),
+        lambda **tensors: attention(**tensors, scale=0.125, backend="plain"),
+        inputs(q_BTHD=(2, T, H, D), k_BMGD=(2, T, G, D), v_BMGE=(2, T, G, D)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("T", "H", "G", "D", "E"), [(63, 47, 47, 64, 64), (300, 34, 2, 64, 64), (257, 3, 3, 96, 64)]
+)
+def test_documents_of_their_own_lengths(T, H, G, D, E, dtype):
+    documents = offsets((torch.rand(2, T, device="cuda") < 0.05).cumsum(1))
+    assert_matches(
+        lambda **tensors: attention(**tensors, scale=0.125, documents=documents, backend="varlen"),
+        lambda **tensors: attention(**tensors, scale=0.125, documents=documents, backend="plain"),
+        inputs(q_BTHD=(2, T, H, D), k_BMGD=(2, T, G, D), v_BMGE=(2, T, G, E)),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
@@ -84,7 +180,16 @@ def test_loss(chunk_tokens):
     )
 
 
-needs_triton = pytest.mark.skipif(not TRITON_IS_INSTALLED, reason="the package triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_summed_loss(dtype):
+    targets = torch.randint(50304, (333,), device="cuda")
+    targets[::7] = -100
+    assert_matches(
+        lambda **tensors: linear_cross_entropy_sum(**tensors, targets_N=targets, chunk_tokens=100).view(1),
+        lambda **tensors: linear_cross_entropy(**tensors, targets_N=targets).sum().view(1),
+        {"x_NC": inputs(x=(333, 64))["x"], "weight_VC": inputs(w=(50304, 64))["w"] / 8},
+        dtype,
+    )
 
 
 def cache(B, T, M, H, S, U, D=64, E=64, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -3,12 +3,15 @@
 Shapes: N tokens, C model dimension, V vocabulary.
 """
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.loss import linear_cross_entropy
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.loss.plain import CHUNK_LOGIT_BYTES, default_chunk_tokens
+from kernels.loss.rows import TRITON_IS_INSTALLED
 from kernels.tolerances import assert_close, assert_matches
 
 N, C, V = 63, 16, 101
@@ -133,3 +136,93 @@ def test_inputs_that_do_not_fit_are_refused(inputs, targets):
         linear_cross_entropy(**inputs, targets_N=targets, chunk_tokens=0)
     with pytest.raises(ValueError, match=r"must be \(N, C\), \(V, C\), \(N,\)"):
         linear_cross_entropy(**inputs, targets_N=targets[1:])
+
+
+# --- the sum, whose gradients are formed in the forward pass ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 21, 63, 1000, None])
+def test_sum_forward_and_gradients(chunk_tokens, dtype, inputs, targets):
+    assert_matches(
+        lambda **inputs: linear_cross_entropy_sum(
+            **inputs, targets_N=targets, chunk_tokens=chunk_tokens
+        ).view(1),
+        lambda **inputs: from_all_logits(**inputs, targets=targets).sum().view(1),
+        inputs,
+        dtype,
+    )
+
+
+def test_sum_scales_with_what_follows_and_gives_its_gradients_again(inputs, targets):
+    x, weight = (tensor.requires_grad_() for tensor in inputs.values())
+    loss = linear_cross_entropy_sum(x, weight, targets, chunk_tokens=16)
+    once = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    scaled = torch.autograd.grad(0.25 * loss, (x, weight))
+    for one, other in zip(once, scaled, strict=True):
+        assert torch.equal(0.25 * one, other)
+
+
+@pytest.mark.parametrize("wanted", ["x_NC", "weight_VC"])
+def test_sum_of_which_one_gradient_is_wanted(wanted, inputs, targets):
+    inputs[wanted].requires_grad_()
+    [got] = torch.autograd.grad(linear_cross_entropy_sum(**inputs, targets_N=targets), [inputs[wanted]])
+    [expected] = torch.autograd.grad(from_all_logits(**inputs, targets=targets).sum(), [inputs[wanted]])
+    assert_close(got, expected, torch.float64)
+
+
+def test_sum_without_gradients_and_of_no_tokens(inputs, targets):
+    with torch.no_grad():
+        got = linear_cross_entropy_sum(**inputs, targets_N=targets, chunk_tokens=16)
+    assert_close(got, from_all_logits(**inputs, targets=targets).sum(), torch.float64)
+    x = inputs["x_NC"][:0].requires_grad_()
+    nothing = linear_cross_entropy_sum(x, inputs["weight_VC"], targets[:0])
+    nothing.backward()
+    assert nothing == 0
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_sum_under_autocast(inputs, targets):
+    x, weight = (inputs[name].float().requires_grad_() for name in ("x_NC", "weight_VC"))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy_sum(x, weight, targets, chunk_tokens=16)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    rounded = {
+        "x_NC": x.detach().bfloat16().double().requires_grad_(),
+        "weight_VC": weight.detach().bfloat16().double().requires_grad_(),
+    }
+    expected = from_all_logits(**rounded, targets=targets).sum()
+    expected.backward()
+    assert_close(loss, expected, torch.bfloat16)
+    for got, truth in ((x.grad, rounded["x_NC"].grad), (weight.grad, rounded["weight_VC"].grad)):
+        assert got is not None
+        assert truth is not None
+        assert got.dtype == torch.float32
+        assert_close(got, truth, torch.bfloat16)
+
+
+@pytest.mark.skipif(
+    not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton's interpreter is off: the package is not installed, or there is a GPU",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [3, 101, 20011])
+def test_triton_cross_entropy_in_the_interpreter(vocabulary, dtype):
+    from kernels.loss import triton
+
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(5, vocabulary)).to(dtype)
+    logits[1] -= 100
+    targets = torch.randint(vocabulary, (5,))
+    targets[3] = -100
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none")
+    expected.sum().backward()
+    kept = logits.clone()
+    assert_close(triton.cross_entropy_(kept, targets, -100, False), expected, torch.float32)
+    assert torch.equal(kept, logits)
+    assert_close(triton.cross_entropy_(logits, targets, -100, True), expected, torch.float32)
+    assert wide.grad is not None
+    assert_close(logits, wide.grad, dtype)

@@ -8,6 +8,7 @@ from variants import one_per_family, random_model, random_tokens
 
 from t6_lightning.errors import BadInput
 from t6_lightning.model.attention.tpa import TPAConfig
+from t6_lightning.model.block import SwiGLU
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.generate import generate, sample
 from t6_lightning.model.init import FactorShape, init_factor_
@@ -19,6 +20,21 @@ CONFIGS = one_per_family()
 @pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
 def config(request: pytest.FixtureRequest) -> T6Config:
     return CONFIGS[request.param]
+
+
+def test_aligned_ffn_is_the_same_function():
+    ffn = SwiGLU(48, 85).double()
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    weights = list(ffn.parameters())
+    expected, got = ffn(x), ffn._aligned(x)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(got, weights, upstream),
+        torch.autograd.grad(expected, weights, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_a_full_cache_says_so(config: T6Config) -> None:

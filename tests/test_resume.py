@@ -72,14 +72,16 @@ def kill_at(home: Path, run: str, step: int, delay: float, *arguments: str) -> N
         process.communicate()
 
 
-def assert_same_run(home: Path, run: str, reference: str) -> None:
+def same_state(home: Path, run: str, reference: str, steps: int) -> None:
     """Equal metrics at equal steps, each once, and equal final weights and optimizer state: to the last bit."""
     assert RunFolder(run).record["status"] == "finished"
     got, expected = metrics(home, run), metrics(home, reference)
-    assert [step for step, _ in got["train/loss"]] == [1, *range(3, 31, 3)]
+    logged = [step for step, _ in got["train/loss"]]
+    assert logged == sorted(set(logged))
+    assert logged[-1] == steps
     assert got == expected
     a, b = weights(run), weights(reference)
-    assert a["global_step"] == b["global_step"] == 30
+    assert a["global_step"] == b["global_step"] == steps
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name
     for index, state in a["optimizer_states"][0]["state"].items():
@@ -114,7 +116,7 @@ def test_killed_runs_end_bit_for_bit_as_the_uninterrupted_one(home: Path, refere
     kills(home, "killed", 2, seed=0)
     done = fit("killed")
     assert done.returncode == 0, done.stderr
-    assert_same_run(home, "killed", reference)
+    same_state(home, "killed", reference, 30)
 
 
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(home: Path, reference: str) -> None:
@@ -134,7 +136,7 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(home: Path, re
     assert RunFolder("signalled").record["status"] == "interrupted"
     done = fit("signalled")
     assert done.returncode == 0, done.stderr
-    assert_same_run(home, "signalled", reference)
+    same_state(home, "signalled", reference, 30)
 
 
 def test_a_finished_run_shows_its_result_again_at_once(home: Path, reference: str) -> None:
@@ -142,13 +144,3 @@ def test_a_finished_run_shows_its_result_again_at_once(home: Path, reference: st
     assert done.returncode == 0, done.stderr
     assert "is finished already" in done.stdout
     assert "validation bits per byte" in done.stdout
-
-
-@pytest.mark.prove
-@pytest.mark.timeout(3000)
-def test_twenty_kills(home: Path, reference: str) -> None:
-    kills(home, "killed20", 20, seed=1)
-    done = fit("killed20")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(home, "killed20", reference)
-    print("20 SIGKILLs in 30 steps: metrics, weights and optimizer state equal bit for bit")

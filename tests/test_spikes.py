@@ -34,21 +34,21 @@ def break_steps(
     from t6_lightning.callbacks.checkpoints import Checkpoints
     from t6_lightning.module import T6Module
 
-    token_losses, after_step = T6Module._token_losses, Checkpoints._after_step
+    summed_loss, after_step = T6Module._summed_loss, Checkpoints._after_step
 
     def broken(self: Any, batch: Any) -> Any:
-        losses = token_losses(self, batch)
+        nats = summed_loss(self, batch)
         step = self.trainer.global_step + 1
-        if not self.training or self.trainer.global_rank != rank:
-            return losses
-        return losses * (float("nan") if step in nan else 10.0 if step in spikes else 1.0)
+        if self.trainer.global_rank != rank:
+            return nats
+        return nats * (float("nan") if step in nan else 10.0 if step in spikes else 1.0)
 
     def with_signal(self: Any, trainer: Any) -> None:
         if trainer.global_step == stop:
             self._note_signal(signal.SIGTERM, None)
         after_step(self, trainer)
 
-    T6Module._token_losses = broken
+    T6Module._summed_loss = broken
     Checkpoints._after_step = with_signal
 
 

@@ -3,8 +3,17 @@
 Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, E value dimension.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+IMPLEMENTATIONS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def attention(
@@ -15,8 +24,12 @@ def attention(
     causal: bool,
     mask: torch.Tensor | None,
     dropout: float,
+    implementation: str | None = None,
 ) -> torch.Tensor:
-    """See `kernels.attention.attention`. K and V of a group are read in place, never repeated per head."""
+    """See `kernels.attention.attention`. K and V of a group are read in place, never repeated per head.
+
+    `implementation` names one of torch's; None leaves it to torch.
+    """
     # On a GPU in half precision, SDPA gives a row that may attend to nothing some average of V (torch 2.11,
     # H100). Such a row is shown everything, which is safe in every implementation, and its output erased.
     blind_B1T1 = None
@@ -31,16 +44,18 @@ def attention(
         q_BTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
         if mask is not None and T > 1:
             mask = mask.repeat_interleave(H // G, dim=2)
-    o_BHTE = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BMGD.transpose(1, 2),
-        v_BMGE.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=H != G and not folded,
-    )
+    only = nullcontext() if implementation is None else sdpa_kernel(IMPLEMENTATIONS[implementation])
+    with only:
+        o_BHTE = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BMGD.transpose(1, 2),
+            v_BMGE.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=H != G and not folded,
+        )
     if folded:
         o_BHTE = o_BHTE.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
     if blind_B1T1 is not None:

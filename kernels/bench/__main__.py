@@ -74,6 +74,12 @@ def build_parser() -> Parser:
                 metavar="DIR",
                 help="a clone of the paper's public code, whose kernel is timed too (needs a GPU)",
             )
+        else:
+            sub.add_argument(
+                "--paper",
+                action="store_true",
+                help="the sizes of the paper's four models instead, 16,384 tokens each",
+            )
         sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         sub.add_argument(
             "--dtype",
@@ -108,6 +114,19 @@ def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.N
     return result, report.table(result)
 
 
+def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace) -> tuple[dict, str]:
+    """One operation at the paper's sizes. Raises ValueError, in one sentence, for what cannot run."""
+    if sizes:
+        raise ValueError(f"--paper has its own sizes: leave out --{sizes[0].replace('_', '-')}")
+    from kernels.bench import cases, report
+
+    results = []
+    for plan in cases.paper_plans(operation, device=arguments.device, dtype=arguments.dtype):
+        results.append(report.run(plan, seconds=arguments.seconds))
+        del plan
+    return {"operation": operation, "cases": results}, "\n\n".join(map(report.table, results))
+
+
 def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> tuple[dict, str]:
     """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
     import torch
@@ -136,9 +155,11 @@ def main(argv: list[str] | None = None) -> int:
         for option in OPERATIONS[arguments.operation][1]
     }
     try:
+        named = [name for name, size in given.items() if size]
         if getattr(arguments, "table", False):
-            sizes = [name for name, size in given.items() if size]
-            result, table = decode_table(arguments.device, sizes, arguments.reference)
+            result, table = decode_table(arguments.device, named, arguments.reference)
+        elif getattr(arguments, "paper", False):
+            result, table = paper_sizes(arguments.operation, named, arguments)
         else:
             result, table = one_plan(arguments.operation, given, arguments)
     except ValueError as error:

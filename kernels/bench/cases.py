@@ -4,18 +4,21 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 V vocabulary, N tokens flattened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention
+from kernels import contract as contraction
+from kernels.attention import attention, offsets
 from kernels.bench.others import Reference
 from kernels.contract import contract
 from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode
-from kernels.loss import linear_cross_entropy
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.rope import rotate
 
 Sizes = dict[str, int]
@@ -32,6 +35,25 @@ GPU_SIZES: dict[str, Sizes] = {
     "contract": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "rank": 6},
     "attention": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "kv_heads": 47},
     "loss": {"batch": 16, "context": 1024, "d_model": 1024, "vocabulary": 50304},
+}
+
+
+MOST_PLAIN_WEIGHT_BYTES = 6 * 2**30
+PAPER_HEADS = {768: 34, 1024: 47, 1280: 61, 1600: 78}  # by d_model
+PAPER_SIZES: dict[str, list[dict[str, int | None]]] = {
+    "contract": [
+        {"batch": 16, "context": 1024, "heads": heads, "head_dim": 64, "rank": rank}
+        for heads in PAPER_HEADS.values()
+        for rank in (6, 2)
+    ],
+    "attention": [
+        {"batch": 16384 // context, "context": context, "heads": heads, "head_dim": 64, "kv_heads": None}
+        for heads in PAPER_HEADS.values()
+        for context in (1024, 2048)
+    ],
+    "loss": [
+        {"batch": 16, "context": 1024, "d_model": d_model, "vocabulary": 50304} for d_model in PAPER_HEADS
+    ],
 }
 
 
@@ -130,14 +152,21 @@ def contract_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     b = torch.randn(B, T, R, D, dtype=dtype, requires_grad=True)
     angle = torch.arange(T)[:, None] * 1e4 ** (-2 * torch.arange(D // 2) / D)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    least_bytes = _bytes(a, b) + B * T * H * D * a.element_size()
+    # Backward: the result's gradient and the factors are read, the factors' gradients written.
+    factors, result = _bytes(a, b), B * T * H * D * a.element_size()
+    least = (factors + result, 3 * factors + 2 * result)
 
     def separate_passes() -> torch.Tensor:
         return torch.einsum("btrh,btrd->bthd", a, rotate(b, cos, sin)) / R
 
+    def rows(backend: str) -> list[Row]:
+        return _both_modes(backend, lambda: contract(a, b, cos, sin, backend=backend), [a, b], least)
+
+    with_triton = a.is_cuda and contraction.TRITON_IS_INSTALLED
     return [
-        *_both_modes("separate passes", separate_passes, [a, b], least_bytes),
-        *_both_modes("plain", lambda: contract(a, b, cos, sin, backend="plain"), [a, b], least_bytes),
+        *_both_modes("separate passes", separate_passes, [a, b], least),
+        *rows("plain"),
+        *(rows("triton") if with_triton else []),
     ]
 
 
@@ -147,10 +176,24 @@ def attention_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     k = torch.randn(B, T, G, D, dtype=dtype, requires_grad=True)
     v = torch.randn(B, T, G, D, dtype=dtype, requires_grad=True)
 
-    def rows(backend: str) -> list[Row]:
-        return _both_modes(backend, lambda: attention(q, k, v, scale=D**-0.5, backend=backend), [q, k, v])
+    def rows(backend: str, **options: Any) -> list[Row]:
+        name = backend + (", documents" if options else "")
+        run = partial(attention, q, k, v, scale=D**-0.5, backend=backend, **options)
+        return _both_modes(name, run, [q, k, v])
 
-    return [*rows("sdpa"), *rows("plain")]
+    on_gpu = []
+    if q.is_cuda and dtype != torch.float32:
+        # Documents of 256 tokens on average, packed.
+        documents = offsets((torch.rand(B, T) < 1 / 256).cumsum(1))
+        on_gpu = [
+            *(row for name in ("flash", "cudnn") for row in rows(name)),
+            *(rows("efficient") if G == H else []),
+            *rows("varlen", documents=documents),
+            *rows("sdpa", documents=documents),
+        ]
+    # It holds several tensors of all weights at once.
+    plain_fits = 4 * B * H * T * T <= MOST_PLAIN_WEIGHT_BYTES
+    return [*rows("sdpa"), *(rows("plain") if plain_fits else []), *on_gpu]
 
 
 def loss_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
@@ -165,6 +208,7 @@ def loss_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     rows = [
         *_both_modes("all logits", all_logits, [x, weight]),
         *_both_modes("plain (chunks)", lambda: linear_cross_entropy(x, weight, targets), [x, weight]),
+        *_both_modes("sum", lambda: linear_cross_entropy_sum(x, weight, targets), [x, weight]),
     ]
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is not None:
@@ -186,9 +230,21 @@ BUILDERS: dict[str, Callable[[Sizes, torch.dtype], list[Row]]] = {
 }
 
 
+def paper_plans(operation: str, *, device: str | None, dtype: str | None) -> Iterator[Plan]:
+    """The operation at the sizes of the paper's models with TPA (table 9) and 16,384 tokens.
+
+    One after the other, so that the inputs of one are in memory. Raises ValueError as `plan`.
+    """
+    return (plan(operation, sizes, device=device, dtype=dtype) for sizes in PAPER_SIZES[operation])
+
+
 def _both_modes(
-    name: str, forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], least_bytes: int | None = None
+    name: str,
+    forward: Callable[[], torch.Tensor],
+    inputs: list[torch.Tensor],
+    least_bytes: tuple[int, int] | tuple[None, None] = (None, None),
 ) -> list[Row]:
+    """`least_bytes`: of the forward pass, and of both passes."""
     # A full tensor, as a next layer would send back: the stride-0 gradient of a sum times other code paths.
     gradient = torch.randn_like(_without_gradients(forward)())
 
@@ -196,8 +252,8 @@ def _both_modes(
         return torch.autograd.grad(forward(), inputs, gradient)
 
     return [
-        Row(name, "forward", _without_gradients(forward), least_bytes),
-        Row(name, "forward+backward", forward_and_backward),
+        Row(name, "forward", _without_gradients(forward), least_bytes[0]),
+        Row(name, "forward+backward", forward_and_backward, least_bytes[1]),
     ]
 
 

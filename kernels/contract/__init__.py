@@ -3,11 +3,20 @@
 Shapes: B batch, T tokens, R rank, H heads, D head dimension.
 """
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 from kernels.contract import plain
 from kernels.contract.plain import outer
-from kernels.dispatch import choose
+from kernels.dispatch import choose, product_dtype
+
+TRITON_IS_INSTALLED = find_spec("triton") is not None
+# The Triton kernel: wider heads or higher ranks leave no room for a block of them on the chip.
+WIDEST_HEAD = 256
+HIGHEST_RANK = 64
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def contract(
@@ -23,13 +32,16 @@ def contract(
 
     a_BTRH    (B, T, R, H) head factors
     b_BTRD    (B, T, R, D) feature factors
-    cos, sin  (T, D/2) or (B, T, D/2), both or neither
+    cos, sin  (T, W/2) or (B, T, W/2), both or neither; W <= D dimensions turn, as `kernels.rope.rotate` says
     pairing   which dimensions RoPE pairs: "halves" or "interleaved"
-    backend   "auto" or "plain"
-    returns   (B, T, H, D)
+    backend   "auto", "triton" or "plain"
+    returns   (B, T, H, D), in autocast's dtype inside autocast
 
-    Raises ValueError for factors of different B, T or R, for one table without the other, and for a
-    backend that is unknown.
+    Factors may be any views. "triton" reads the factors and writes the result once, in both directions; it saves
+    the factors alone for the backward pass, and is one operator to torch.compile.
+
+    Raises ValueError for factors of different B, T or R, for one table without the other, for tables that do not
+    fit, and for a backend that is unknown or cannot run.
     """
     if a_BTRH.shape[:3] != b_BTRD.shape[:3]:
         raise ValueError(
@@ -37,8 +49,107 @@ def contract(
         )
     if (cos is None) != (sin is None):
         raise ValueError("contract: give both cos and sin, or neither")
-    run = choose("contract", backend, {"plain": plain.contract})
+    why_not = _why_not_triton(a_BTRH, b_BTRD, cos)
+    run = choose(
+        "contract", backend, _fastest_first(a_BTRH.device.type), {"triton": why_not} if why_not else None
+    )
     return run(a_BTRH, b_BTRD, cos, sin, pairing)
+
+
+def _triton(
+    a_BTRH: torch.Tensor,
+    b_BTRD: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str,
+) -> torch.Tensor:
+    (B, T, _, D) = b_BTRD.shape
+    if cos is not None and sin is not None:
+        width = 2 * cos.shape[-1]
+        if width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
+            raise ValueError(
+                f"contract: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
+                f" with W <= D, for b (B, T, R, D) = {tuple(b_BTRD.shape)}"
+            )
+        if pairing not in ("halves", "interleaved"):
+            raise ValueError(f"contract: unknown pairing {pairing!r}; allowed: halves, interleaved")
+        if width == 0:
+            cos = sin = None
+    dtype = product_dtype(a_BTRH, b_BTRD)
+    return torch.ops.t6_lightning.contract(a_BTRH.to(dtype), b_BTRD.to(dtype), cos, sin, pairing)
+
+
+def _why_not_triton(a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor | None) -> str | None:
+    """One sentence, or None where the Triton kernel runs."""
+    if not TRITON_IS_INSTALLED:
+        return "the package triton is not installed"
+    # In Triton's interpreter it runs on a CPU, for tests.
+    if a.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs an NVIDIA GPU"
+    if product_dtype(a, b) not in TRITON_DTYPES:
+        return "it computes in float16, bfloat16 or float32"
+    if b.shape[-1] % 2:
+        return "it takes heads of an even number of features"
+    if b.shape[-1] > WIDEST_HEAD:
+        return f"it takes heads of at most {WIDEST_HEAD} features"
+    if b.shape[2] > HIGHEST_RANK:
+        return f"it takes ranks of at most {HIGHEST_RANK}"
+    return None
+
+
+def _fastest_first(device: str) -> dict:
+    if device == "cpu":
+        # Triton's interpreter is for tests: by name only.
+        return {"plain": plain.contract, "triton": _triton}
+    return {"triton": _triton, "plain": plain.contract}
+
+
+# The operators, so that torch.compile keeps a block in one graph. The package that they call is absent on most
+# machines without a GPU, so it is imported when they run.
+
+
+def _run_forward(a, b, cos, sin, pairing):
+    from kernels.contract import triton
+
+    return triton.forward(a, b, cos, sin, pairing)
+
+
+def _run_backward(d_out, a, b, cos, sin, pairing):
+    from kernels.contract import triton
+
+    return triton.backward(d_out, a, b, cos, sin, pairing)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.pairing = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, d_out):
+    d_a, d_b = torch.ops.t6_lightning.contract_backward(d_out, *ctx.saved_tensors, ctx.pairing)
+    return d_a, d_b, None, None, None
+
+
+_library = torch.library.Library("t6_lightning", "FRAGMENT")
+_library.define("contract(Tensor a, Tensor b, Tensor? cos, Tensor? sin, str pairing) -> Tensor")
+_library.define(
+    "contract_backward(Tensor d_out, Tensor a, Tensor b, Tensor? cos, Tensor? sin, str pairing)"
+    " -> (Tensor, Tensor)"
+)
+for _device in ("CUDA", "CPU"):
+    _library.impl("contract", _run_forward, _device)
+    _library.impl("contract_backward", _run_backward, _device)
+torch.library.register_fake(
+    "t6_lightning::contract",
+    lambda a, b, *_: a.new_empty(*a.shape[:2], a.shape[-1], b.shape[-1]),
+    lib=_library,
+)
+torch.library.register_fake(
+    "t6_lightning::contract_backward",
+    lambda d_out, a, b, *_: (a.new_empty(a.shape), b.new_empty(b.shape)),
+    lib=_library,
+)
+torch.library.register_autograd("t6_lightning::contract", _differentiate, setup_context=_save, lib=_library)
 
 
 __all__ = ["contract", "outer"]

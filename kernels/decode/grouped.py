@@ -4,6 +4,7 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ def decode_grouped(
     lengths   integers (B,), cached tokens of each row with the T of the queries, as in `kernels.decode.decode`;
               None: all of the cache is visible
     mask      bool (B, 1, T, M), what `lengths` mean, for backends that read masks; made here where it is missing
-    backend   "auto", "triton", "flash" or "sdpa"
+    backend   "auto", "triton", "flash", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
     "triton" is the kernel of `kernels.decode.decode`: one KV head for all query heads is TPA of rank 1 whose head
@@ -55,14 +56,15 @@ def decode_grouped(
         # 16 heads of 64 over 16 rows of 32,768 tokens on an H100: 721 µs, where flash takes 880. With 2 and 1 KV
         # heads SDPA takes 490, flash 122 and 70, Triton (1 KV head) 75; MLA of 256 + 32: SDPA 2116, Triton 212.
         candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
+    candidates["plain"] = partial(_sdpa, backend="plain")
     run = choose("decode_grouped", backend, candidates, cannot)
     return run(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths)
 
 
-def _sdpa(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
+def _sdpa(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths, backend="sdpa") -> torch.Tensor:
     if mask is None and lengths is not None:
         mask = visible(lengths, q_BTHD.shape[1], k_BMGD.shape[1])
-    return attention(q_BTHD, k_BMGD, v_BMGE, scale=scale, causal=False, mask=mask)
+    return attention(q_BTHD, k_BMGD, v_BMGE, scale=scale, causal=False, mask=mask, backend=backend)
 
 
 def _triton(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:

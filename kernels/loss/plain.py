@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels.dispatch import product_dtype
+
 # One chunk's float32 logits. The backward pass holds a few tensors of this size at a time.
 CHUNK_LOGIT_BYTES = 256 * 2**20
 
@@ -48,7 +50,7 @@ def linear_cross_entropy(
     if chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens must be at least 1, got {chunk_tokens}")
 
-    dtype = _product_dtype(x_NC, weight_VC)
+    dtype = product_dtype(x_NC, weight_VC)
     if chunk_tokens >= N:
         return _losses(x_NC, weight_VC, targets_N, ignore_index, dtype)
     chunks = zip(x_NC.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
@@ -64,18 +66,6 @@ def linear_cross_entropy(
 def default_chunk_tokens(vocabulary: int) -> int:
     """Tokens whose float32 logits fill CHUNK_LOGIT_BYTES: a multiple of 128, at least 128."""
     return max(1, CHUNK_LOGIT_BYTES // (4 * vocabulary) // 128) * 128
-
-
-def _product_dtype(x_NC: torch.Tensor, weight_VC: torch.Tensor) -> torch.dtype:
-    device = x_NC.device.type
-    wider = torch.promote_types(x_NC.dtype, weight_VC.dtype)
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and wider != torch.float64
-    ):
-        return torch.get_autocast_dtype(device)
-    return wider
 
 
 def _losses(

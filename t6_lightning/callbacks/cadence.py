@@ -74,10 +74,9 @@ class Cadence(pl.Callback):
         if "loops" not in checkpoint or trainer.state.fn != "fit":
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        more = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["current"]["ready"]
+        micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
-            for name in counts:
-                counts[name] += more
+            counts.update(dict.fromkeys(counts, micro_batches))
 
     def validation_due(self, trainer: pl.Trainer) -> bool:
         """Whether validation follows the optimizer step just taken."""

@@ -27,6 +27,13 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class CutOff(Exception):
+    """The training data cannot be reached any more; all ranks stop together, after a checkpoint.
+
+    What happened, on the ranks where it did.
+    """
+
+
 class Snapshot:
     """A copy of a state on the CPU that training does not change, in memory that the next copy uses again.
 
@@ -145,12 +152,16 @@ class Checkpoints(Checkpoint):
         self.asynchronous = asynchronous
         self.sharded = sharded
         self._signum: int | None = None
+        self._samples: int | None = None
+        """Samples trained up to the last step of this process; None before its first."""
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
         # ranks are asked, once a step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data.repeats_when_cut_off = data.streamed
         # After Lightning's own handlers, which would end the run without a checkpoint.
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[signum] = signal.signal(signum, self._note_signal)
@@ -164,6 +175,21 @@ class Checkpoints(Checkpoint):
         if self._signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
         self._signum = signum
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not data.streamed or not ranks.largest(data.cut_off is not None):
+            return
+        # Weights are still those of the last step; the data goes back there.
+        checkpoint = checkpoint_files.of_step(self.run_folder.checkpoints, trainer.global_step)
+        if self._samples is not None and not ranks.first(lambda: checkpoint_files.is_whole(checkpoint)):
+            data.samples = self._samples
+            self._settle(trainer)
+            trainer.save_checkpoint(checkpoint)
+            self._settle(trainer)
+        raise CutOff(data.cut_off or "")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -188,6 +214,8 @@ class Checkpoints(Checkpoint):
                 self._settle(trainer)
         if signum and not is_last:
             raise Interrupted(signum)
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._samples = data.samples
 
     def _is_regular(self, step: int) -> bool:
         return step % self.cadence.steps(self.every_tokens) == 0

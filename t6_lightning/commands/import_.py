@@ -66,7 +66,7 @@ def checkpoint_of(config: T6Config, weights: dict[str, torch.Tensor], tokenizer:
     return {
         "state_dict": {f"net.{name}": value.float() for name, value in weights.items()},
         # The public code reads windows as one text.
-        "hyper_parameters": {"net": config.to_dict(), "confine_to_documents": False},
+        "hyper_parameters": {"net": config.architecture(), "confine_to_documents": False},
         "tokenizer": tokenizer.to_json(),
         "epoch": 0,
         "global_step": 0,

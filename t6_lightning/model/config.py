@@ -12,6 +12,10 @@ from t6_lightning.model.attention import AttentionConfig, attention_configs
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 
+BACKENDS = ("auto", "triton", "sdpa", "plain")
+FREE = ("attention_backend", "attention_saves")
+"""Fields that say how a model is computed, and not what it is."""
+
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -31,6 +35,11 @@ class T6Config:
         output_init: how W_O and the FFN's last matrix start: "zero" as the reference, "scaled" as GPT-2.
         dropout: probability, on the embedding and on what each layer adds to the residual stream.
         rope_base: base of RoPE's frequencies.
+        attention_backend: what computes attention, in training and decoding: "auto", the fastest that runs this model
+            on this device; "triton", this project's kernels for TPA's factors (with torch's attention over full K
+            and V); "sdpa", torch's own operators alone; "plain", written out. No part of what a checkpoint fixes.
+        attention_saves: what TPA keeps for the backward pass: "qkv", or "factors", from which Q, K and V are computed
+            again. No part of what a checkpoint fixes.
     """
 
     vocab_size: int = 8192
@@ -42,6 +51,8 @@ class T6Config:
     output_init: Literal["zero", "scaled"] = "zero"
     dropout: float = 0.0
     rope_base: float = 10000.0
+    attention_backend: Literal["auto", "triton", "sdpa", "plain"] = "auto"
+    attention_saves: Literal["qkv", "factors"] = "qkv"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "context"):
@@ -57,6 +68,14 @@ class T6Config:
             self.output_init,
             "choose one of zero, scaled",
         )
+        for name, allowed in (("attention_backend", BACKENDS), ("attention_saves", ("qkv", "factors"))):
+            value = getattr(self, name)
+            require(value in allowed, name, value, f"choose one of {', '.join(allowed)}")
+        if self.attention_backend == "triton":
+            why_not = self.attention.why_not_triton()
+            require(why_not is None, "attention_backend", "triton", why_not or "")
+        if self.attention_saves == "factors":
+            self._check_factors()
         require(0 <= self.dropout < 1, "dropout", self.dropout, "it must be at least 0 and below 1")
         base = self.rope_base
         require(base > 1 and isfinite(base), "rope_base", base, "it must be above 1 and finite")
@@ -66,6 +85,12 @@ class T6Config:
             "rope.decay",
             decay,
             f"over context={self.context} keys would grow by {decay}^-{self.context}, beyond float32's range",
+        )
+
+    def _check_factors(self) -> None:
+        has_factors = isinstance(self.attention, TPAConfig)
+        require(
+            has_factors, "attention_saves", "factors", f"{self.attention.mechanism} has none: it is for TPA"
         )
 
     @property
@@ -109,6 +134,10 @@ class T6Config:
         init_args = dataclasses.asdict(self.attention)  # pyright: ignore[reportArgumentType]
         plain["attention"] = {"class_path": type(self.attention).__name__, "init_args": init_args}
         return plain
+
+    def architecture(self) -> dict[str, Any]:
+        """`to_dict` without what a checkpoint does not fix."""
+        return {name: value for name, value in self.to_dict().items() if name not in FREE}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> T6Config:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.loss import linear_cross_entropy
+from kernels.attention import offsets, takes_documents
+from kernels.dispatch import product_dtype
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from t6_lightning.model.attention import AttentionLayer, Keys, Layout
 from t6_lightning.model.block import Block, dropout
 from t6_lightning.model.cache import KVCache
@@ -93,11 +96,20 @@ class T6(nn.Module):
         )
         return losses_N.view_as(targets_BT)
 
+    def summed_loss(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of `token_losses`, for training: its gradients are formed on the way, nothing is computed twice."""
+        x_BTC = self.hidden(tokens_BT, documents_BT)
+        return linear_cross_entropy_sum(
+            x_BTC.flatten(0, 1), self.embedding.weight, targets_BT.flatten(), ignore_index=IGNORE
+        )
+
     def loss(
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Mean negative log-likelihood in nats over the targets that are not -100; never holds all logits."""
-        total = self.token_losses(tokens_BT, targets_BT, documents_BT).sum()
+        total = self.summed_loss(tokens_BT, targets_BT, documents_BT)
         return total / (targets_BT != IGNORE).sum()
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -124,17 +136,27 @@ class T6(nn.Module):
         return attention.rope.query_and_key_tables(positions, attention.rope_width(), self.config.rope_base)
 
     def _layout(self, n_tokens: int, documents_BT: torch.Tensor | None) -> Layout:
-        positions = torch.arange(n_tokens, device=self.embedding.weight.device)
-        mask = None
+        weight = self.embedding.weight
+        positions = torch.arange(n_tokens, device=weight.device)
+        mask = documents = None
         if documents_BT is not None:
-            before_TT = positions[:, None] >= positions[None, :]
-            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-            mask = (before_TT & same_BTT).unsqueeze(1)
+            if takes_documents(weight.device, product_dtype(weight, weight)):
+                documents = offsets(documents_BT)
+            else:
+                before_TT = positions[:, None] >= positions[None, :]
+                same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+                mask = (before_TT & same_BTT).unsqueeze(1)
             # A document starts where the index changes; positions count from there.
             starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
             positions = positions - (positions * starts_BT).cummax(dim=1).values
         queries, keys = self._tables(positions)
-        return Layout(queries, Keys(keys, positions == 0), mask=mask, causal=mask is None)
+        return self._by_setting(
+            Layout(queries, Keys(keys, positions == 0), mask=mask, causal=mask is None, documents=documents)
+        )
+
+    def _by_setting(self, layout: Layout) -> Layout:
+        c = self.config
+        return replace(layout, backend=c.attention_backend, saves=c.attention_saves)
 
     def _cached_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
         if cache.fixed and cache.longest > 0:
@@ -142,16 +164,16 @@ class T6(nn.Module):
         queries, keys = self._tables(positions_BT)
         new = Keys(keys, positions_BT == 0)
         if cache.longest == 0:
-            return Layout(queries, new)
+            return self._by_setting(Layout(queries, new))
         keys_M = torch.arange(cache.n_read(positions_BT.shape[1]), device=positions_BT.device)
         reads_tables = self.config.attention.rotates_when_read
         nothing = torch.empty(len(keys_M), 0, device=keys_M.device)
         tables = self._tables(keys_M)[1] if reads_tables else Tables(nothing, nothing)
         seen = Keys(tables, keys_M == 0)
         if not cache.ragged and positions_BT.shape[1] == 1:
-            return Layout(queries, new, seen, causal=False)
+            return self._by_setting(Layout(queries, new, seen, causal=False))
         mask = (keys_M <= positions_BT[:, :, None]).unsqueeze(1)
-        return Layout(queries, new, seen, mask, positions_BT[:, -1] + 1, causal=False)
+        return self._by_setting(Layout(queries, new, seen, mask, positions_BT[:, -1] + 1, causal=False))
 
     def _fixed_layout(self, positions_BT: torch.Tensor, cache: KVCache) -> Layout:
         """As `_cached_layout`, by lookups alone: `lengths` say what is visible, in the form that kernels read."""
@@ -161,11 +183,13 @@ class T6(nn.Module):
         queries, keys, starts = cache.positions_of_keys
         new_queries, new_keys = (Tables(*(table[positions_BT] for table in x)) for x in (queries, keys))
         seen = Keys(keys, starts)
-        return Layout(
-            new_queries,
-            Keys(new_keys, starts[positions_BT]),
-            seen,
-            None,
-            positions_BT[:, -1] + 1,
-            causal=False,
+        return self._by_setting(
+            Layout(
+                new_queries,
+                Keys(new_keys, starts[positions_BT]),
+                seen,
+                None,
+                positions_BT[:, -1] + 1,
+                causal=False,
+            )
         )

@@ -97,6 +97,10 @@ class AttentionConfig(abc.ABC):
         """
         return {"q": 1 / 3, "k": 1 / 3, "v": 1 / 3}
 
+    def why_not_triton(self) -> str | None:
+        """Why `attention_backend: triton` cannot run this variant on any device, or None."""
+        return f"{self.mechanism} has no factors, which is what the Triton kernels contract and decode"
+
     def check_integers(self, **lowest: int) -> None:
         """Refuse fields that are no integers or below their lowest value."""
         for field, least in lowest.items():
@@ -136,6 +140,10 @@ class Layout:
         lengths: integers (B,), cached tokens of each row with the new ones, which are its last: what `mask` says too,
             in the form that decoding kernels read. None where there is no mask, or it is one of documents.
         causal: the new tokens are all there is, and each sees itself and those before it, or as `mask` says.
+        documents: where packed documents begin (`kernels.attention.offsets`): of those before it a token sees its own
+            document's. The same as a `mask` of documents, which is None then.
+        backend: `T6Config.attention_backend`.
+        saves: `T6Config.attention_saves`.
     """
 
     queries: Tables
@@ -144,6 +152,19 @@ class Layout:
     mask: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     causal: bool = True
+    documents: torch.Tensor | None = None
+    backend: str = "auto"
+    saves: str = "qkv"
+
+    @property
+    def contract_backend(self) -> str:
+        """What `kernels.contract` is asked for."""
+        return "plain" if self.backend == "sdpa" else self.backend
+
+    @property
+    def attention_backend(self) -> str:
+        """What `kernels.attention` is asked for: over full K and V torch's own is the fastest there is."""
+        return "auto" if self.backend == "triton" else self.backend
 
 
 Config = TypeVar("Config", bound=AttentionConfig)
@@ -185,6 +206,7 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
             scale=self.config.softmax_scale(),
             mask=layout.mask,
             lengths=layout.lengths,
+            backend=layout.attention_backend,
         )
 
     def finish(self, o_BTHE: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
@@ -202,8 +224,28 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
         q_BTHD, entries = self.project(x_BTC, layout)
         return q_BTHD, *self.expand(entries, layout.keys)
 
+    def attend(
+        self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        """Output per head (B, T, H, E) where nothing came before these tokens: their own K and V are all there is."""
+        return attention(
+            q_BTHD,
+            k_BTGD,
+            v_BTGE,
+            scale=self.config.softmax_scale(),
+            causal=layout.causal,
+            mask=layout.mask,
+            documents=layout.documents,
+            backend=layout.attention_backend,
+        )
+
+    def attend_new(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Output per head (B, T, H, E) in training, where nothing is cached."""
+        return self.attend(*self.heads(x_BTC, layout), layout)
+
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, T, C) to (B, T, C); the new tokens' entries are appended to `cache`."""
+<<<<<<< HEAD
         return self.output(self.attend(x_BTC, layout, cache))
 
     def attend(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
@@ -211,10 +253,17 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
         q_BTHD, entries = self.project(x_BTC, layout)
         if cache is not None and layout.seen is not None:
             o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
+=======
+        if cache is None:
+            o_BTHE = self.attend_new(x_BTC, layout)
+>>>>>>> origin/main
         else:
-            # Training and prefill: nothing came before these tokens, so their own K and V are all there is.
-            if cache is not None:
+            q_BTHD, entries = self.project(x_BTC, layout)
+            if layout.seen is not None:
+                o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
+            else:
                 cache.append(entries)
+<<<<<<< HEAD
             k_BTGD, v_BTGE = self.expand(entries, layout.keys)
             o_BTHE = attention(
                 q_BTHD,
@@ -225,3 +274,7 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
                 mask=layout.mask,
             )
         return self.finish(o_BTHE, x_BTC).flatten(-2)
+=======
+                o_BTHE = self.attend(q_BTHD, *self.expand(entries, layout.keys), layout)
+        return self.output(self.finish(o_BTHE, x_BTC).flatten(-2))
+>>>>>>> origin/main

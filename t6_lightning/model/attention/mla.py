@@ -130,5 +130,6 @@ class MultiHeadLatentAttention(AttentionLayer[MLAConfig]):
             scale=c.softmax_scale(),
             mask=layout.mask,
             lengths=layout.lengths,
+            backend=layout.attention_backend,
         )
         return torch.einsum("bthl,hdl->bthd", o_BTHL, up_v_HDL.to(o_BTHL.dtype))

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, prod
 from string import ascii_lowercase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels.contract import contract, outer
+from kernels.attention import OPERATORS
+from kernels.contract import HIGHEST_RANK, WIDEST_HEAD, contract, outer
 from kernels.decode import decode
 from kernels.decode.layout import padded_width
 from kernels.factors import query_and_key
@@ -31,6 +34,9 @@ from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
 from t6_lightning.model.rope import Rope, Tables
 
 MAX_ORDER = 8
+ALIGNMENT = 16
+"""Numbers. On a GPU each factor begins at a multiple of this in its projection: both the matrix products and the
+kernels that read it move 16 bytes at a time."""
 
 
 class Factor(NamedTuple):
@@ -279,6 +285,14 @@ class TPAConfig(AttentionConfig):
         parts += [f"order{self.order}"] if self.order > 2 else []
         return "-".join(parts)
 
+    def why_not_triton(self) -> str | None:
+        if self.head_dim % 2 or self.head_dim > WIDEST_HEAD:
+            return f"the kernels take heads of an even number of features up to {WIDEST_HEAD}, not {self.head_dim}"
+        highest = max(self.ranks.values())
+        return (
+            None if highest <= HIGHEST_RANK else f"the kernels take ranks up to {HIGHEST_RANK}, not {highest}"
+        )
+
     @property
     def caches_rotated_b(self) -> bool:
         """The cached b of K is rotated already: it is K's alone, depends on the token, and is what turns."""
@@ -424,10 +438,16 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
         """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
         weight = self._merged_weights() if self._frozen is None else self._frozen
+<<<<<<< HEAD
         sizes = [f.rank * f.size for f in self.contextual.values()]
         parts = linear(x_BTC, weight).split(sizes, dim=-1)
+=======
+        unit = ALIGNMENT if weight.is_cuda else 1
+        sizes = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
+        parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
+>>>>>>> origin/main
         factors = {
-            name: part.unflatten(-1, (f.rank, f.size))
+            name: part[..., : f.rank * f.size].unflatten(-1, (f.rank, f.size))
             for (name, f), part in zip(self.contextual.items(), parts, strict=True)
         }
         for part in self.config.ranks:
@@ -436,7 +456,10 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         return factors
 
     def _merged_weights(self) -> torch.Tensor:
-        return torch.cat([self.get_submodule(name).weight for name in self.contextual])  # pyright: ignore
+        weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
+        if weights[0].is_cuda:
+            weights = [F.pad(weight, (0, 0, 0, -len(weight) % ALIGNMENT)) for weight in weights]
+        return torch.cat(weights)
 
     def freeze(self) -> None:
         self._frozen = self._merged_weights()
@@ -476,6 +499,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
         factors = self.contextual_factors(x_BTC)
+<<<<<<< HEAD
         if layout.seen is not None and c.factorize_q and c.decodes_in_place:
             q_BTHD, factors["b_k"] = query_and_key(
                 *self.pair("q", factors, None),
@@ -493,9 +517,33 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
                 q_BTHD = self._rotate_first_factor(q_BTHD, layout.queries)
             else:
                 q_BTHD = rotate(q_BTHD, *layout.queries, c.rope.pairing)
+=======
+        q_BTHD = (
+            self._contract("q", factors, layout.queries, layout)
+            if c.factorize_q
+            else self._plain_q(x_BTC, layout)
+        )
+>>>>>>> origin/main
         if c.caches_rotated_b:
             factors["b_k"] = rotate(factors["b_k"], *layout.keys.tables, c.rope.pairing)
         return q_BTHD, {name: factors[name] for name in c.cache_entries()}
+
+    def _plain_q(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor:
+        c = self.config
+        q_BTHD = self.q(x_BTC).unflatten(-1, (-1, c.head_dim))
+        if c.rope_at == "factors" and c.order > 2:
+            return self._rotate_first_factor(q_BTHD, layout.queries)
+        return rotate(q_BTHD, *layout.queries, c.rope.pairing)
+
+    def _contract(
+        self, part: str, factors: Mapping[str, torch.Tensor], turn: Tables | None, layout: Layout
+    ) -> torch.Tensor:
+        """Q, K or V (B, M, H, D) of its factors, rotated by `turn`."""
+        pairing, backend = self.config.rope.pairing, layout.contract_backend
+        if self.config.order == 2 and turn is not None:
+            # One feature factor is the whole head dimension: wherever RoPE acts, the contraction does it in passing.
+            return contract(*self.pair(part, factors, None), *turn, pairing=pairing, backend=backend)
+        return contract(*self.pair(part, factors, turn), backend=backend)
 
     def _rotate_first_factor(self, q_BTHD: torch.Tensor, tables: Tables) -> torch.Tensor:
         """T_t of theorem C.1 on a plain query: R_t on each run of d_b dimensions."""
@@ -510,13 +558,55 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def expand(self, entries: dict[str, torch.Tensor], keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
         k_BMHD = contract(*self._keys(entries, keys))
         v_BMHD = contract(*self.pair("v", entries, None))
+        return self._shifted_heads(k_BMHD, v_BMHD, keys.starts)
+
+    def _shifted_heads(
+        self, k_BMHD: torch.Tensor, v_BMHD: torch.Tensor, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.kv_shift:
             k_BMHD, v_BMHD = (
                 self.shift[f"{part}_now"].to(x.dtype)[:, None] * x
-                + self.shift[f"{part}_before"].to(x.dtype)[:, None] * predecessors(x, keys.starts)
+                + self.shift[f"{part}_before"].to(x.dtype)[:, None] * predecessors(x, starts)
                 for part, x in (("k", k_BMHD), ("v", v_BMHD))
             )
         return k_BMHD, v_BMHD
+
+    def heads(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        plain_q_BTHD = None if self.config.factorize_q else self._plain_q(x_BTC, layout)
+        return self._heads(self.contextual_factors(x_BTC), plain_q_BTHD, layout)
+
+    def _heads(
+        self, factors: Mapping[str, torch.Tensor], plain_q_BTHD: torch.Tensor | None, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q_BTHD = plain_q_BTHD
+        if q_BTHD is None:
+            q_BTHD = self._contract("q", factors, layout.queries, layout)
+        k_BTHD = self._contract("k", factors, layout.keys.tables, layout)
+        v_BTHD = self._contract("v", factors, None, layout)
+        return q_BTHD, *self._shifted_heads(k_BTHD, v_BTHD, layout.keys.starts)
+
+    def attend_new(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if layout.saves == "qkv" or not torch.is_grad_enabled():
+            return super().attend_new(x_BTC, layout)
+        factors = self.contextual_factors(x_BTC)
+        plain_q_BTHD = None if self.config.factorize_q else self._plain_q(x_BTC, layout)
+
+        def from_factors(plain_q_BTHD: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+            named = dict(zip(factors, parts, strict=True))
+            return self.attend(*self._heads(named, plain_q_BTHD, layout), layout)
+
+        # Of what happens in there, attention's result alone is kept for the backward pass, beside what goes in.
+        contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
+        o_BTHE = checkpoint(
+            from_factors,
+            plain_q_BTHD,
+            *factors.values(),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+        )
+        assert isinstance(o_BTHE, torch.Tensor)
+        return o_BTHE
 
     def attend_cached(
         self, q_BTHD: torch.Tensor, new: dict[str, torch.Tensor], cache: LayerCache, layout: Layout
@@ -538,7 +628,15 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         if c.kv_shift:
             keys = self._shifted("k", *keys, layout.seen.starts)
             values = self._shifted("v", *values, layout.seen.starts)
-        return decode(q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths, new=appended)
+        return decode(
+            q_BTHD,
+            *keys,
+            *values,
+            scale=c.softmax_scale(),
+            lengths=layout.lengths,
+            new=appended,
+            backend=layout.backend,
+        )
 
     def _shifted(
         self, part: str, a: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
@@ -556,6 +654,10 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             gate = self.gate(x_BTC).sigmoid()
             o_BTHE = o_BTHE * gate.unflatten(-1, (c.n_heads, -1))
         return o_BTHE
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in OPERATORS else CheckpointPolicy.MUST_RECOMPUTE
 
 
 def predecessors(x_BMRN: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

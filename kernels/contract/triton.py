@@ -1,0 +1,256 @@
+"""Factor contraction in Triton: RoPE, Σ_r a_r ⊗ b_r and 1/R in one pass, forward and backward.
+
+Shapes: B batch, T tokens, N = B T of them, R rank (RP its padding for matrix products), H heads, D head dimension,
+W turned dimensions, P = D/2 pairs.
+
+A program does one token, with its heads in blocks. The head dimension is cut into the two sides of RoPE's pairs,
+x1 and x2, each a tile of its own: turning is then arithmetic between tiles, in both directions.
+
+    forward     out1[h, p] = (1/R) Σ_r a[r, h] y1[r, p],  y = RoPE(b)                             likewise 2
+    backward    dA[r, h] = (1/R) Σ_p dOut1[h, p] y1[r, p] + dOut2[h, p] y2[r, p]
+                g1[r, p] = (1/R) Σ_h a[r, h] dOut1[h, p],  dB = RoPEᵀ(g)
+
+Out is written once, dOut read once; beside them move the factors only, which are some tenths of their size. The
+matrix products are too small to matter (0.1 % of a step's): their inner side is the rank, padded to 16.
+"""
+
+# Triton's own language is not Python's to a type checker, and the package may be absent.
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false, reportGeneralTypeIssues=false
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut up: heads of a block, warps of a program."""
+
+    heads: int
+    warps: int
+
+
+@triton.jit
+def _dot(x, y, UPCAST: tl.constexpr):
+    # The interpreter's bfloat16 product is wrong.
+    if UPCAST:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def _pairs(P: tl.constexpr, D: tl.constexpr, W: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Dimensions of both sides of each pair; what does not turn is paired too, in any order."""
+    pairs_P = tl.arange(0, P)
+    if INTERLEAVED:
+        first = 2 * pairs_P
+        second = first + 1
+    elif W == 0 or W == D:
+        first = pairs_P
+        second = first + D // 2
+    else:
+        turns = pairs_P < W // 2
+        first = tl.where(turns, pairs_P, pairs_P + W // 2)
+        second = tl.where(turns, pairs_P + W // 2, pairs_P + D // 2)
+    return first, second
+
+
+@triton.jit
+def _tables(cos_ptr, sin_ptr, at, P: tl.constexpr, W: tl.constexpr):
+    """Cosines and sines (1, P) of one token; 1 and 0 where nothing turns."""
+    pairs_P = tl.arange(0, P)
+    cos_P = tl.load(cos_ptr + at + pairs_P, mask=pairs_P < W // 2, other=1.0).to(tl.float32)
+    sin_P = tl.load(sin_ptr + at + pairs_P, mask=pairs_P < W // 2, other=0.0).to(tl.float32)
+    return cos_P[None, :], sin_P[None, :]
+
+
+@triton.jit
+def _rows(
+    b_ptr, at, cos, sin, first, second,
+    R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B_RANK: tl.constexpr,
+):  # fmt: skip
+    """Both sides of RoPE(b) of one token, (RP, P) in b's dtype."""
+    ranks_R = tl.arange(0, RP)
+    live = (ranks_R < R)[:, None] & (tl.arange(0, P) < D // 2)[None, :]
+    ptrs = b_ptr + at + ranks_R[:, None] * B_RANK
+    b1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
+    b2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
+    if W > 0:
+        x1 = b1.to(tl.float32)
+        x2 = b2.to(tl.float32)
+        b1 = (x1 * cos + x2 * sin).to(b1.dtype)
+        b2 = (x2 * cos - x1 * sin).to(b2.dtype)
+    return b1, b2
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward(
+    a_ptr, b_ptr, cos_ptr, sin_ptr, out_ptr,
+    T, a_row, a_token, b_row, b_token, table_row, table_token,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
+    A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out (N, H, D)."""
+    first, second = _pairs(P, D, W, INTERLEAVED)
+    ranks_R = tl.arange(0, RP)
+    live_P = tl.arange(0, P) < D // 2
+    n = tl.program_id(0)
+    row = (n // T).to(tl.int64)
+    t = (n % T).to(tl.int64)
+    cos = 1.0
+    sin = 0.0
+    if W > 0:
+        cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
+    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+    a_at = a_ptr + row * a_row + t * a_token
+    out_at = out_ptr + n.to(tl.int64) * (H * D)
+    for h in tl.static_range(0, H, HEADS):
+        heads_H = h + tl.arange(0, HEADS)
+        live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
+        a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
+        a_HR = tl.trans(a_RH)
+        live = (heads_H < H)[:, None] & live_P[None, :]
+        ptrs = out_at + heads_H[:, None] * D
+        out1 = _dot(a_HR, y1, UPCAST) * (1.0 / R)
+        tl.store(ptrs + first[None, :], out1.to(out_ptr.dtype.element_ty), mask=live)
+        out2 = _dot(a_HR, y2, UPCAST) * (1.0 / R)
+        tl.store(ptrs + second[None, :], out2.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward(
+    d_out_ptr, a_ptr, b_ptr, cos_ptr, sin_ptr, d_a_ptr, d_b_ptr,
+    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
+    A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D)."""
+    first, second = _pairs(P, D, W, INTERLEAVED)
+    ranks_R = tl.arange(0, RP)
+    live_P = tl.arange(0, P) < D // 2
+    n = tl.program_id(0)
+    row = (n // T).to(tl.int64)
+    t = (n % T).to(tl.int64)
+    cos = 1.0
+    sin = 0.0
+    if W > 0:
+        cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
+    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+    a_at = a_ptr + row * a_row + t * a_token
+    d_out_at = d_out_ptr + row * d_row + t * d_token
+    d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)
+    g1 = tl.zeros((RP, P), tl.float32)
+    g2 = tl.zeros((RP, P), tl.float32)
+    for h in tl.static_range(0, H, HEADS):
+        heads_H = h + tl.arange(0, HEADS)
+        live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
+        a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
+        live = (heads_H < H)[:, None] & live_P[None, :]
+        ptrs = d_out_at + heads_H[:, None] * d_head
+        d1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
+        d2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
+        g1 += _dot(a_RH, d1, UPCAST)
+        g2 += _dot(a_RH, d2, UPCAST)
+        d_a = _dot(y1, tl.trans(d1), UPCAST) + _dot(y2, tl.trans(d2), UPCAST)
+        d_a = (d_a * (1.0 / R)).to(d_a_ptr.dtype.element_ty)
+        tl.store(d_a_at + ranks_R[:, None] * H + heads_H[None, :], d_a, mask=live_RH)
+    d_b1 = g1
+    d_b2 = g2
+    if W > 0:
+        d_b1 = g1 * cos - g2 * sin
+        d_b2 = g1 * sin + g2 * cos
+    ptrs = d_b_ptr + n.to(tl.int64) * (R * D) + ranks_R[:, None] * D
+    live = (ranks_R < R)[:, None] & live_P[None, :]
+    d_b1 = (d_b1 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
+    d_b2 = (d_b2 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
+    tl.store(ptrs + first[None, :], d_b1, mask=live)
+    tl.store(ptrs + second[None, :], d_b2, mask=live)
+
+
+def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
+    """The fastest or close to it for 34, 47, 61 and 78 heads, ranks 2 and 6 (H100, bfloat16, D = 64)."""
+    if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
+        return Launch(heads=16, warps=4)
+    return Launch(heads=64, warps=2 if backward else 4)
+
+
+def _shape(a_BTRH: torch.Tensor, b_BTRD: torch.Tensor, cos: torch.Tensor | None, pairing: str) -> dict:
+    R, H, D = *a_BTRH.shape[2:], b_BTRD.shape[-1]
+    return {
+        "H": H,
+        "D": D,
+        "W": 0 if cos is None else 2 * cos.shape[-1],
+        "R": R,
+        "RP": max(16, triton.next_power_of_2(R)),
+        "P": max(16, triton.next_power_of_2(D // 2)),
+        "A_RANK": a_BTRH.stride(2) if R > 1 else 0,
+        "B_RANK": b_BTRD.stride(2) if R > 1 else 0,
+        "INTERLEAVED": pairing == "interleaved",
+        "UPCAST": INTERPRETED,
+    }
+
+
+def _table_strides(cos: torch.Tensor | None) -> tuple[int, int]:
+    if cos is None:
+        return 0, 0
+    return (cos.stride(0), cos.stride(1)) if cos.dim() == 3 else (0, cos.stride(0))
+
+
+def _contiguous_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def forward(
+    a_BTRH: torch.Tensor,
+    b_BTRD: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """(B, T, H, D); any views."""
+    B, T, _, H = a_BTRH.shape
+    D = b_BTRD.shape[-1]
+    a, b = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD)
+    out = torch.empty((B, T, H, D), dtype=a.dtype, device=a.device)
+    heads, warps = launch or choose_launch(D, a.dtype, False)
+    if out.numel():
+        _forward[(B * T,)](
+            a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin), out,
+            T, *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    d_out_BTHD: torch.Tensor,
+    a_BTRH: torch.Tensor,
+    b_BTRD: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA (B, T, R, H) and dB (B, T, R, D), contiguous; any views."""
+    B, T, R, H = a_BTRH.shape
+    D = b_BTRD.shape[-1]
+    a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
+    d_a = torch.empty((B, T, R, H), dtype=a.dtype, device=a.device)
+    d_b = torch.empty((B, T, R, D), dtype=b.dtype, device=b.device)
+    heads, warps = launch or choose_launch(D, a.dtype, True)
+    if d_out.numel():
+        _backward[(B * T,)](
+            d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
+            d_a, d_b,
+            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
+        )  # fmt: skip
+    return d_a, d_b

@@ -1,0 +1,51 @@
+"""bench train: the figures hang together, and what is wrong is said before anything runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from t6_lightning.__main__ import main
+from t6_lightning.presets import load_net
+
+SHORT = ["--batch", "2", "--context", "16", "--steps", "3", "--warmup", "0", "--device", "cpu"]
+
+
+def test_figures_of_a_model(tmp_path, capsys):
+    result, profile = tmp_path / "train.json", tmp_path / "profile.txt"
+    arguments = ["bench", "train", "quickstart", *SHORT, "--json", str(result), "--profile", str(profile)]
+    assert main(arguments) == 0
+    assert "quickstart" in capsys.readouterr().out
+    [row] = json.loads(result.read_text())["models"]
+    net = load_net("quickstart")
+    slow, fast = row["tokens_per_second_quartiles"]
+    assert slow <= row["tokens_per_second"] <= fast
+    assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["step_s"])
+    assert row["flops_per_second"] == pytest.approx(row["tokens_per_second"] * net.training_flops(16))
+    assert row["n_parameters"] == net.n_parameters()
+    assert (row["steps"], row["batch"], row["context"], row["compiled"]) == (3, 2, 16, False)
+    assert profile.read_text().startswith("quickstart\n")
+    assert "aten::mm" in profile.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["bench"], "choose one of train, generate"),
+        (["bench", "sleep"], "bench sleep: choose one of train, generate"),
+        (["bench", "train"], "PRESET"),
+        (
+            ["bench", "train", "quickstart", "--batch", "0"],
+            "--batch=0 is not possible: it must be at least 1",
+        ),
+        (["bench", "train", "quickstart", "--profile", "no/such/file"], "there is no such folder"),
+        (["bench", "train", "quickstart", "nothing-of-the-sort", *SHORT], "nothing-of-the-sort"),
+        (["bench", "train", "quickstart", *SHORT, "--attention_backend", "triton"], "NVIDIA GPU"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, why, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
