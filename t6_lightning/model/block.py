@@ -34,12 +34,11 @@ class SwiGLU(nn.Module):
             return self._aligned(x_BTC)
         return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
 
-<<<<<<< HEAD
     def add_to(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """x + SwiGLU(norm(x)), in as few launches as there can be: for decoding."""
         hidden = linear(x_BTC, self.up.weight, gate_NK=self.gate.weight, norm_eps=NORM_EPS)
         return linear(hidden, self.down.weight, residual=x_BTC)
-=======
+
     def _aligned(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """The same with zeros as further hidden features, which add nothing, and one product for gate and up."""
         gate, up, down = self.gate.weight, self.up.weight, self.down.weight
@@ -47,7 +46,6 @@ class SwiGLU(nn.Module):
         first = torch.cat([F.pad(weight, (0, 0, 0, missing)) for weight in (gate, up)])
         gate_BTF, up_BTF = F.linear(x_BTC, first).chunk(2, dim=-1)
         return F.linear(F.silu(gate_BTF) * up_BTF, F.pad(down, (0, missing)))
->>>>>>> origin/main
 
 
 def dropout(probability: float) -> nn.Module:
@@ -66,7 +64,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         if layout.seen is not None and not self.training:
-            o_BTN = self.attention.attend(rms_norm(x_BTC), layout, cache)
+            o_BTN = self.attention.before_output(rms_norm(x_BTC), layout, cache)
             return self.ffn.add_to(linear(o_BTN, self.attention.output.weight, residual=x_BTC))
         x_BTC = x_BTC + self.dropout(self.attention(rms_norm(x_BTC), layout, cache))
         return x_BTC + self.dropout(self.ffn(rms_norm(x_BTC)))

@@ -245,36 +245,19 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
 
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, T, C) to (B, T, C); the new tokens' entries are appended to `cache`."""
-<<<<<<< HEAD
-        return self.output(self.attend(x_BTC, layout, cache))
+        return self.output(self.before_output(x_BTC, layout, cache))
 
-    def attend(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
-        """`forward` before the output matrix, (B, T, H E)."""
-        q_BTHD, entries = self.project(x_BTC, layout)
-        if cache is not None and layout.seen is not None:
-            o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
-=======
+    def before_output(
+        self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """`forward` without the output matrix, (B, T, H E)."""
         if cache is None:
             o_BTHE = self.attend_new(x_BTC, layout)
->>>>>>> origin/main
         else:
             q_BTHD, entries = self.project(x_BTC, layout)
             if layout.seen is not None:
                 o_BTHE = self.attend_cached(q_BTHD, entries, cache, layout)
             else:
                 cache.append(entries)
-<<<<<<< HEAD
-            k_BTGD, v_BTGE = self.expand(entries, layout.keys)
-            o_BTHE = attention(
-                q_BTHD,
-                k_BTGD,
-                v_BTGE,
-                scale=self.config.softmax_scale(),
-                causal=layout.causal,
-                mask=layout.mask,
-            )
-        return self.finish(o_BTHE, x_BTC).flatten(-2)
-=======
                 o_BTHE = self.attend(q_BTHD, *self.expand(entries, layout.keys), layout)
-        return self.output(self.finish(o_BTHE, x_BTC).flatten(-2))
->>>>>>> origin/main
+        return self.finish(o_BTHE, x_BTC).flatten(-2)

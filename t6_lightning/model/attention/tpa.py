@@ -438,14 +438,9 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
         """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
         weight = self._merged_weights() if self._frozen is None else self._frozen
-<<<<<<< HEAD
-        sizes = [f.rank * f.size for f in self.contextual.values()]
-        parts = linear(x_BTC, weight).split(sizes, dim=-1)
-=======
         unit = ALIGNMENT if weight.is_cuda else 1
         sizes = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
-        parts = F.linear(x_BTC, weight).split(sizes, dim=-1)
->>>>>>> origin/main
+        parts = linear(x_BTC, weight).split(sizes, dim=-1)
         factors = {
             name: part[..., : f.rank * f.size].unflatten(-1, (f.rank, f.size))
             for (name, f), part in zip(self.contextual.items(), parts, strict=True)
@@ -499,7 +494,6 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
         factors = self.contextual_factors(x_BTC)
-<<<<<<< HEAD
         if layout.seen is not None and c.factorize_q and c.decodes_in_place:
             q_BTHD, factors["b_k"] = query_and_key(
                 *self.pair("q", factors, None),
@@ -509,21 +503,11 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
                 pairing=c.rope.pairing,
             )
             return q_BTHD, {name: factors[name] for name in c.cache_entries()}
-        if c.factorize_q:
-            q_BTHD = contract(*self.pair("q", factors, layout.queries))
-        else:
-            q_BTHD = self.q(x_BTC).unflatten(-1, (-1, c.head_dim))
-            if c.rope_at == "factors" and c.order > 2:
-                q_BTHD = self._rotate_first_factor(q_BTHD, layout.queries)
-            else:
-                q_BTHD = rotate(q_BTHD, *layout.queries, c.rope.pairing)
-=======
         q_BTHD = (
             self._contract("q", factors, layout.queries, layout)
             if c.factorize_q
             else self._plain_q(x_BTC, layout)
         )
->>>>>>> origin/main
         if c.caches_rotated_b:
             factors["b_k"] = rotate(factors["b_k"], *layout.keys.tables, c.rope.pairing)
         return q_BTHD, {name: factors[name] for name in c.cache_entries()}
