@@ -60,10 +60,7 @@ def product_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
     """
     device = x.device.type
     wider = torch.promote_types(x.dtype, y.dtype)
-    if (
-        wider != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    # Not torch.amp.is_autocast_available: the compiler of torch 2.11 breaks its graph there.
+    if wider != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return wider
