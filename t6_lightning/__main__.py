@@ -8,9 +8,11 @@ import logging
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 
 from datamodules.errors import BadData, SourceUnavailable
 from t6_lightning.errors import BadInput
+from t6_lightning.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
 COMMANDS = {
@@ -64,8 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     quiet_libraries()
     try:
-        module = importlib.import_module(COMMANDS[command][0])
-        return module.main(arguments)
+        with signals.taken() if command == "fit" else nullcontext():
+            module = importlib.import_module(COMMANDS[command][0])
+            return module.main(arguments)
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75

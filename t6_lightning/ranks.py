@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from t6_lightning.errors import BadInput
+from t6_lightning.signals import signals
 
 Result = TypeVar("Result")
 
@@ -60,6 +61,11 @@ def largest(value: float) -> float:
     values = torch.tensor(value, dtype=torch.float64, device=device())
     distributed.all_reduce(values, distributed.ReduceOp.MAX)
     return float(values)
+
+
+def signalled() -> int:
+    """The signal that this or another rank has noted, 0 for none. Every rank must ask."""
+    return int(largest(signals.noted))
 
 
 def device() -> torch.device:

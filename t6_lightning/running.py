@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 
 from datamodules.errors import SourceUnavailable
 from t6_lightning import checkpoint_files, environment, parallel, ranks, report
-from t6_lightning.callbacks.checkpoints import CutOff, Interrupted
+from t6_lightning.callbacks.checkpoints import CutOff
 from t6_lightning.callbacks.spikes import Diverged
 from t6_lightning.checkpoint_files import CheckpointError
 from t6_lightning.cli import T6CLI
@@ -23,6 +22,7 @@ from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.plan import Plan, measure_matrix_rate
 from t6_lightning.runs import RunFolder, new_run_name, resolve_checkpoint, run_of
+from t6_lightning.signals import Interrupted, signals
 
 
 def fit(cli: T6CLI) -> int:
@@ -38,8 +38,14 @@ def fit(cli: T6CLI) -> int:
 
 
 def _fit(cli: T6CLI, plan: Plan) -> int:
+    def prepared() -> tuple[str, Path | None] | None:
+        with suppress(Interrupted):  # it is noted: all ranks hear of it next
+            return _prepare(cli, plan)
+
     # What can be wrong shows here, on rank 0 and before the run exists anywhere.
-    where = ranks.first(lambda: _prepare(cli, plan))
+    where = ranks.first(prepared)
+    if signum := ranks.signalled():
+        return _after_signal(cli, Interrupted(signum))
     if where is None:
         return 0
     name, checkpoint = where
@@ -75,8 +81,9 @@ def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
     if cli.config.init_from:
         _weights(cli, Path(cli.config.init_from))
     plan.check_disk()
-    cli.datamodule.prepare_data()
-    cli.model.check_tokenizer(cli.datamodule)
+    with signals.raised_at_once():
+        cli.datamodule.prepare_data()
+        cli.model.check_tokenizer(cli.datamodule)
     cli.tracking.connect()
     return folder.name, checkpoint
 
@@ -110,7 +117,7 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
-        code = _after_signal(cli, folder, error.signum)
+        code = _after_signal(cli, error)
     except CutOff as error:
         status, mlflow_status, code = "interrupted", "KILLED", 75
         if reason := str(error):
@@ -228,16 +235,15 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint_files.load(checkpoint, whole=False)["global_step"])
 
 
-def _after_signal(cli: T6CLI, folder: RunFolder, signum: int) -> int:
-    name = signal.Signals(signum).name
-    again = cli.config.run is not None or cli.config.ckpt_path == "last"
-    how = "the same command" if again else f"python -m t6_lightning fit --ckpt_path last --run {folder.name}"
+def _after_signal(cli: T6CLI, error: Interrupted) -> int:
+    again = error.step is None or cli.config.run is not None or cli.config.ckpt_path == "last"
+    when = "before training began" if error.step is None else f"after a checkpoint at step {error.step}"
+    how = "the same command"
+    if not again:
+        how = f"python -m t6_lightning fit --ckpt_path last --run {cli.checkpoints.run_folder.name}"
     if ranks.is_first():
-        print(
-            f"stopped by {name} after a checkpoint at step {cli.trainer.global_step}: go on with {how}",
-            file=sys.stderr,
-        )
-    return 75 if again else 128 + signum
+        print(f"stopped by {error} {when}: go on with {how}", file=sys.stderr)
+    return 75 if again else 128 + error.signum
 
 
 def _preset(cli: T6CLI) -> str:

@@ -49,6 +49,27 @@ def stop_after(step: int, signum: int = signal.SIGTERM) -> None:
     Checkpoints._after_step = with_signal
 
 
+def signal_before_training(moment: str) -> None:
+    """A signal reaches rank 0 while it prepares data, or rank 1 before it meets the other or builds the model."""
+    from datamodules.base import TokenData
+    from t6_lightning import parallel
+    from t6_lightning.module import T6Module
+
+    rank, owner, name = {
+        "prepare": ("0", TokenData, "prepare_data"),
+        "connect": ("1", parallel, "on_every_rank"),
+        "build": ("1", T6Module, "configure_model"),
+    }[moment]
+    function = getattr(owner, name)
+
+    def with_signal(*args: Any) -> Any:
+        if os.environ["RANK"] == rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return function(*args)
+
+    setattr(owner, name, with_signal)
+
+
 def record_samples(folder: str, stop: int | None = None) -> None:
     """Write down which samples each rank trains on at each step; stop after a step."""
     from t6_lightning.module import T6Module
@@ -224,6 +245,22 @@ def test_slurm_asks_for_a_checkpoint_before_the_time_is_up(home: Path) -> None:
     assert ranks.finish(ranks.start(2, said, *arguments, preparation=stop, slurm=True)) == [75, 75]
     assert "stopped by SIGUSR1 after a checkpoint at step 2" in (said / "rank-0.txt").read_text()
     assert weights("slurm")["global_step"] == 2
+
+
+@pytest.mark.parametrize("moment", ["prepare", "connect", "build"])
+def test_a_signal_to_one_rank_before_training_ends_both_alike(home: Path, moment: str) -> None:
+    name, said = f"early-{moment}", home / "said" / f"early-{moment}"
+    arguments = ["fit", *TINY, *EXACT, "--trainer.accelerator", "cpu", "--run", name]
+    preparation = partial(signal_before_training, moment)
+    codes = ranks.finish(ranks.start(2, said, *arguments, preparation=preparation))
+    everything = "\n".join((said / f"rank-{rank}.txt").read_text() for rank in range(2))
+    assert codes == [75, 75], everything
+    assert everything.count("stopped by SIGUSR1 before training began: go on with the same command") == 1
+    assert "Traceback" not in everything
+    assert RunFolder(name).exists == (moment == "build")
+    assert RunFolder(name).last_checkpoint() is None
+    if moment == "build":
+        ranks.fit(2, name, *EXACT, "--trainer.max_steps", "12")
 
 
 def test_what_rank_0_refuses_is_said_once_and_ends_every_rank(home: Path, one: str) -> None:

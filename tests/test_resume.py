@@ -139,6 +139,25 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(home: Path, re
     same_state(home, "signalled", reference, 30)
 
 
+def test_sigterm_while_data_is_prepared_leaves_nothing_and_the_same_command_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("T6_HOME", str(tmp_path))
+    process = subprocess.Popen(
+        command("fit", *TINY, "--run", "early"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("tokens/*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert errors.endswith("stopped by SIGTERM before training began: go on with the same command\n")
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".lock"}
+    done = fit("early", "--trainer.max_steps", "2")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_finished_run_shows_its_result_again_at_once(home: Path, reference: str) -> None:
     done = fit(reference)
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ def break_steps(
     is 10 times what it was. A signal comes during step `stop`."""
     from t6_lightning.callbacks.checkpoints import Checkpoints
     from t6_lightning.module import T6Module
+    from t6_lightning.signals import signals
 
     summed_loss, after_step = T6Module._summed_loss, Checkpoints._after_step
 
@@ -45,7 +46,7 @@ def break_steps(
 
     def with_signal(self: Any, trainer: Any) -> None:
         if trainer.global_step == stop:
-            self._note_signal(signal.SIGTERM, None)
+            signals.note(signal.SIGTERM)
         after_step(self, trainer)
 
     T6Module._summed_loss = broken

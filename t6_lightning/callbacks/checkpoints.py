@@ -17,14 +17,7 @@ from t6_lightning.callbacks.cadence import Cadence, stepped
 from t6_lightning.checkpoint_files import CheckpointError, step_of
 from t6_lightning.errors import require
 from t6_lightning.runs import RunFolder
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint was written."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+from t6_lightning.signals import Interrupted, signals
 
 
 class CutOff(Exception):
@@ -151,10 +144,13 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.asynchronous = asynchronous
         self.sharded = sharded
-        self._signum: int | None = None
         self._samples: int | None = None
         """Samples trained up to the last step of this process; None before its first."""
-        self._previous: dict[int, Any] = {}
+        self._handler_of_sigint: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning's handlers would take the place of ours, and send to the other ranks from within a handler.
+        trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
@@ -162,19 +158,14 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         data.repeats_when_cut_off = data.streamed
-        # After Lightning's own handlers, which would end the run without a checkpoint.
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._previous[signum] = signal.signal(signum, self._note_signal)
+        self._handler_of_sigint = signal.signal(signal.SIGINT, signals.note)
+        if signum := ranks.signalled():
+            raise Interrupted(signum)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        while self._previous:
-            signum, handler = self._previous.popitem()
-            signal.signal(signum, handler)
-
-    def _note_signal(self, signum: int, frame: Any) -> None:
-        if self._signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
-        self._signum = signum
+        if self._handler_of_sigint is not None:
+            signal.signal(signal.SIGINT, self._handler_of_sigint)
+            self._handler_of_sigint = None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -206,14 +197,14 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         is_last = step == trainer.max_steps
         # A signal reaches ranks at different moments, or one of them alone: all stop after the same step.
-        signum = int(ranks.largest(self._signum or 0))
+        signum = ranks.signalled()
         if is_last or signum or self._is_regular(step):
             self._settle(trainer)
             trainer.save_checkpoint(checkpoint_files.of_step(self.run_folder.checkpoints, step))
             if is_last or signum or not self.asynchronous:
                 self._settle(trainer)
         if signum and not is_last:
-            raise Interrupted(signum)
+            raise Interrupted(signum, step)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._samples = data.samples
 
