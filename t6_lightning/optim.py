@@ -49,7 +49,20 @@ class AdamWConfig:
             {"params": spared, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        optimizer.register_load_state_dict_post_hook(_copy_moments)
+        return optimizer
+
+
+def _copy_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Take moments on the CPU out of the memory that a checkpoint's file is mapped to.
+
+    The first step would write to it, and the system copy it page by page: several times slower.
+    """
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if value.device.type == "cpu":
+                moments[name] = value.clone()
 
 
 class Schedule(abc.ABC):
