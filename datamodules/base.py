@@ -1,6 +1,7 @@
 """The Lightning side of a corpus: what every data module shares."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ ENDLESS = 1 << 40
 """Length that the training stream claims: Lightning drops a batch per resume of a stream without one."""
 
 
-class TokenData(LightningDataModule):
+class TokenData(LightningDataModule, ABC):
     """Packed windows of a corpus, with held-out validation and a position that checkpoints carry.
 
     Args:
@@ -72,46 +73,46 @@ class TokenData(LightningDataModule):
     """Whether checkpoints carry the places of lanes."""
 
     @property
+    @abstractmethod
     def domains(self) -> list[str]:
         """Names of the validation domains; a batch's `domain` is an index into it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hex) of the data, its tokens and the split: equal for equal data on any machine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> dict[str, Any]:
         """Counts, and what simple models reach on the validation text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
         """Name -> windows to train on, without the documents whose hash (uint64) is in `left_out`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_windows(self) -> FixedWindows:
         """All validation windows, domain after domain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_keys(self) -> np.ndarray:
         """Sorted hashes of the validation documents, uint64."""
-        raise NotImplementedError
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Sample -> (index into `training_windows`, number of the window there)."""
         return 0, sample
 
+    @abstractmethod
     def tokenizer_texts(self) -> Iterator[str]:
         """Texts to train a tokenizer on, without held-out documents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example_documents(self, number: int) -> Iterator[Document]:
         """Some training documents to look at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def corpus_identity(self) -> str:
         """sha256 (hex) of where the texts come from; a trained tokenizer is kept by it."""
-        raise NotImplementedError
 
     def order_state(self) -> dict[str, Any]:
         """What else the order of samples depends on, for checkpoints: plain values."""

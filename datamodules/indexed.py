@@ -1,6 +1,7 @@
 """Corpora that are tokenized whole and indexed by document: any window is at hand, nothing is streamed."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -21,9 +22,9 @@ class IndexedData(TokenData):
     val_fraction: float = 0.0
     """Share of the training documents that validates instead."""
 
+    @abstractmethod
     def sources(self) -> list[Source]:
         """What to train on (less `val_fraction` of it). Raises BadData."""
-        raise NotImplementedError
 
     def validation_sources(self) -> dict[str, list[Source]]:
         """domain -> what only validates. Raises BadData."""

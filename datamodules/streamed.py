@@ -105,6 +105,13 @@ class StreamedData(TokenData):
             found = [file for file in self.store.files(patterns) if readable(file.path)]
             if files := [file for file in found if file not in validate and file.size > 0]:
                 return files
+        if self.path:
+            files = [file for file in self.store.files(["*"]) if readable(file.path)]
+            empty = sum(file.size == 0 for file in files)
+            raise BadData(
+                f"path: {self.store.name} holds no text to train on: {len(files)} parquet or JSON-lines files, of which "
+                f"{empty} are empty and {len(validate)} only validate."
+            )
         looked_for = " or ".join(self.train_patterns)
         raise BadData(
             f"repository: {self.store.name} ({self.store.revision}) has no parquet or JSON-lines file {looked_for}."

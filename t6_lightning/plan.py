@@ -90,9 +90,16 @@ class Plan:
         free = shutil.disk_usage(folder).free
         if free < self.disk_bytes:
             raise BadInput(
-                f"checkpoints need {self.disk_bytes / 1e9:.1f} GB and {t6_home()} has {free / 1e9:.1f} GB free: "
+                f"checkpoints need {_in_words(self.disk_bytes)} and {t6_home()} has {_in_words(free)} free: "
                 "make room, set T6_HOME elsewhere, or lower checkpoints.keep"
             )
+
+
+def _in_words(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, width: int, tokens: int = 4096) -> float:

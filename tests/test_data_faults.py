@@ -146,6 +146,14 @@ def test_missing_things_are_said(hub, monkeypatch):
         C4(**COMMON).prepare_data()
 
 
+def test_a_folder_without_text_is_refused_for_what_it_holds(tmp_path):
+    for name in ("00.jsonl", "01.parquet", "notes.md"):
+        (tmp_path / name).touch()
+    said = f"path: {tmp_path} holds no text to train on: 2 parquet or JSON-lines files, of which 2 are empty"
+    with pytest.raises(BadData, match=said):
+        FineWebEdu(**COMMON, path=str(tmp_path)).prepare_data()
+
+
 def test_the_token_is_sent_and_never_written(hub, tmp_path, monkeypatch, caplog):
     hub.add("some/private", fineweb_edu(), token="sesame42")
     monkeypatch.setenv("HF_TOKEN", "hf_sesame42")
