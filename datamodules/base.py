@@ -330,9 +330,8 @@ class _TrainingStream(IterableDataset):
         batch: dict[str, Any] = rows.batch(np.full(self.batch_size, MIXED), samples)
         if any(lane is not None for _, lane in seen):
             nothing = (-1,) * 7
-            batch["marks"] = torch.tensor(
-                [nothing if lane is None else (source, *lane) for source, lane in seen]
-            )
+            marks = [nothing if lane is None else (source, *lane) for source, lane in seen]
+            batch["marks"] = torch.from_numpy(np.array(marks))
         if faults := stores.faults - self.faults_told:
             batch["faults"] = dict(faults)
             self.faults_told = stores.faults.copy()

@@ -32,6 +32,9 @@ PIECES_PER_LANE = 4
 THREADS = 4
 """Pieces fetched and tokenized at a time."""
 
+WINDOWS_LAID_OUT = 16
+"""Windows of a lane that are cut from one reading of its documents."""
+
 START: Mark = (0, 0, 0, 0, 0)
 
 
@@ -94,7 +97,8 @@ class Lanes:
 
 @dataclass
 class _Open:
-    """A piece that is being read."""
+    """A piece that is being read, a stretch of it laid out: to look for the documents of every window anew takes
+    longer than to copy their tokens."""
 
     epoch: int
     unit: int
@@ -102,6 +106,21 @@ class _Open:
     stream: TokenStream
     length: int
     """Its tokens: every document's and the eot before it."""
+    begin: int = 0
+    end: int = 0
+    """The stretch that is laid out."""
+    laid_out: tuple[np.ndarray, ...] = ()
+
+    def read(self, position: int, *rows: np.ndarray) -> None:
+        """Fill ids, whether they open a document, and their bytes, as `TokenStream.read`."""
+        end = position + len(rows[0])
+        if position < self.begin or end > self.end:
+            self.begin = position
+            self.end = min(position + WINDOWS_LAID_OUT * len(rows[0]), self.length)
+            self.laid_out = Rows(1, self.end - position - 1).row(0)
+            self.stream.read(position, *self.laid_out)
+        for row, laid_out in zip(rows, self.laid_out, strict=True):
+            row[:] = laid_out[position - self.begin : end - self.begin]
 
 
 class LaneReader:
@@ -110,6 +129,7 @@ class LaneReader:
     def __init__(self, lanes: Lanes, marks: Mapping[int, Mark]):
         # Readers of lines stand at a place: each LaneReader needs its own.
         self.lanes, self.marks, self.pieces = lanes, marks, copy.copy(lanes.pieces)
+        self._n_lanes = len(lanes)
         self._free, self._stop = threading.Semaphore(THREADS), threading.Event()
         self._cursors: dict[int, _Cursor] = {}
         _readers.add(self)
@@ -122,13 +142,13 @@ class LaneReader:
     def read(self, rows: Rows, row: int, window: int) -> LaneMark:
         """Fill a row with a window; returns its lane, and where that goes on."""
         cursor = self._cursor(window)
-        cursor.skip_to(window // len(self.lanes))
+        cursor.skip_to(window // self._n_lanes)
         tokens, opened, n_bytes = rows.row(row)
         cursor.read(tokens, opened, n_bytes)
         return cursor.lane, *cursor.mark()
 
     def _cursor(self, window: int) -> "_Cursor":
-        number, lane = divmod(window, len(self.lanes))
+        number, lane = divmod(window, self._n_lanes)
         cursor = self._cursors.get(lane)
         if cursor is None or cursor.window > number:
             mark = self.marks.get(lane, START)
@@ -208,7 +228,7 @@ class _Cursor:
                 break
             n = min(context + 1 - filled, here.length - self._position)
             span = slice(filled, filled + n)
-            here.stream.read(self._position, tokens[span], opened[span], n_bytes[span])
+            here.read(self._position, tokens[span], opened[span], n_bytes[span])
             filled += n
             self._position += n
         else:

@@ -205,7 +205,7 @@ class Rows:
     def __init__(self, size: int, context: int):
         shape = (size, context + 1)
         self.tokens = np.zeros(shape, dtype=np.int64)
-        self.opened = np.zeros(shape, dtype=bool)
+        self.opened = np.zeros(shape, dtype=np.int32)
         self.n_bytes = np.zeros(shape, dtype=np.int64)
         self.filled = np.zeros(size, dtype=np.int64)
 
@@ -224,7 +224,8 @@ class Rows:
         targets = self.tokens[:, 1:].copy()
         if (self.filled < self.tokens.shape[1]).any():
             targets[np.arange(1, self.tokens.shape[1]) >= self.filled[:, None]] = IGNORED
-        documents = np.cumsum(self.opened[:, :-1], axis=1, dtype=np.int32) - self.opened[:, :1]
+        documents = self.opened[:, :-1].cumsum(axis=1, dtype=np.int32)
+        documents -= self.opened[:, :1]
         return {
             "tokens": torch.from_numpy(np.ascontiguousarray(self.tokens[:, :-1])),
             "targets": torch.from_numpy(targets),
