@@ -109,8 +109,8 @@ class StreamedData(TokenData):
             files = [file for file in self.store.files(["*"]) if readable(file.path)]
             empty = sum(file.size == 0 for file in files)
             raise BadData(
-                f"path: {self.store.name} holds no text to train on: {len(files)} parquet or JSON-lines files, of which "
-                f"{empty} are empty and {len(validate)} only validate."
+                f"path: {self.store.name} holds no text to train on: {len(files)} parquet or JSON-lines files, "
+                f"of which {empty} are empty and {len(validate)} only validate."
             )
         looked_for = " or ".join(self.train_patterns)
         raise BadData(

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.init import _EmptyInit
 from torch.distributed.tensor import DTensor
 
 from t6_lightning import parallel, ranks, recompute
@@ -51,6 +52,9 @@ class T6Module(pl.LightningModule):
         self.compile_blocks = compile
         self.recompute_choice: Recompute = recompute
         self.initial_weights: dict[str, torch.Tensor] | None = None
+        self.goes_on = False
+        """Whether a checkpoint's weights will take the place of random ones: these are not drawn then, which takes
+        seconds at size."""
         self.figures: dict[str, float] = {}
         """`val/*` of the last validation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
@@ -67,7 +71,8 @@ class T6Module(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
-        self.net = T6(self.config)
+        with _EmptyInit(enabled=self.goes_on or self.initial_weights is not None):
+            self.net = T6(self.config)
         if self.initial_weights is not None:
             self.net.load_state_dict(self.initial_weights)
         recompute.apply(self.net.blocks, self.recompute_choice)

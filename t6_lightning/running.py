@@ -104,6 +104,7 @@ def _open(cli: T6CLI, folder: RunFolder) -> None:
 def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
     ranks.first(lambda: _open(cli, folder))
     cli.checkpoints.run_folder = folder
+    cli.model.goes_on = checkpoint is not None
     status, mlflow_status, code = "failed", "FAILED", 1
     try:
         if checkpoint is not None and _step_of(checkpoint) == cli.trainer.max_steps:
