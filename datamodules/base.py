@@ -63,8 +63,9 @@ class TokenData(LightningDataModule, ABC):
         self.faults: Counter[str] = Counter()
         """kind of fault in reading -> how often it was met while the batches so far were made."""
         self.repeats_when_cut_off = False
-        """Whether, where a source cannot be reached any more, the last batch comes again and again and `cut_off` says
-        why, so that all ranks can stop at one step; otherwise SourceUnavailable is raised."""
+        """Whether, where a source cannot be reached any more, the last training batch (one of nothing before the
+        first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
+        SourceUnavailable is raised."""
         self.cut_off: str | None = None
 
     # What a corpus provides.
@@ -207,6 +208,11 @@ class TokenData(LightningDataModule, ABC):
         self.samples = state_dict["samples"]
         self._position.restore(state_dict.get("lanes", {}))
 
+    def nothing(self) -> Batch:
+        """A micro-batch without text, for a rank that cannot even read its first one."""
+        size = self.batch_size
+        return Rows(size, self.context).batch(np.full(size, MIXED), np.arange(size))
+
     def _loader(self, stream: "IterableDataset[Batch]") -> DataLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # The loader draws a seed whenever it is iterated. From its own generator: the global one belongs to
@@ -233,8 +239,9 @@ class _Loader(DataLoader):
             for batch in super().__iter__():
                 yield dict(batch)
         except SourceUnavailable as error:
-            if not (self._data.repeats_when_cut_off and batch):
+            if not (self._data.repeats_when_cut_off and isinstance(self.dataset, _TrainingStream)):
                 raise
+            batch = batch or self._data.nothing()
             repeated: dict[str, Any] = {
                 name: value for name, value in batch.items() if name not in ("marks", "faults")
             }

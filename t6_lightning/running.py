@@ -38,14 +38,21 @@ def fit(cli: T6CLI) -> int:
 
 
 def _fit(cli: T6CLI, plan: Plan) -> int:
-    def prepared() -> tuple[str, Path | None] | None:
+    def prepared() -> tuple[str, Path | None] | SourceUnavailable | None:
         with suppress(Interrupted):  # it is noted: all ranks hear of it next
-            return _prepare(cli, plan)
+            try:
+                return _prepare(cli, plan)
+            except SourceUnavailable as error:
+                return error
 
     # What can be wrong shows here, on rank 0 and before the run exists anywhere.
     where = ranks.first(prepared)
     if signum := ranks.signalled():
         return _after_signal(cli, Interrupted(signum))
+    if isinstance(where, SourceUnavailable):
+        if ranks.is_first():
+            print(f"error: {where}", file=sys.stderr)
+        return 75
     if where is None:
         return 0
     name, checkpoint = where

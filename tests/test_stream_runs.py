@@ -224,3 +224,35 @@ def test_a_hub_that_stays_away_ends_the_run_and_the_same_command_goes_on(
     assert RunFolder(name).last_checkpoint() is not None, "though no regular checkpoint was due"
     ranks.fit(world, name, *steps)
     same_state(home, name, f"there-{world}", 80)
+
+
+def unreachable(where: str) -> None:
+    """The last rank cannot reach the hub: for its first window, or (rank 0) for what is prepared."""
+    from datamodules.base import TokenData
+    from datamodules.errors import SourceUnavailable
+    from datamodules.lanes import LaneReader
+
+    def refuse(*_: Any) -> None:
+        raise SourceUnavailable("the hub has not given a byte")
+
+    if where == "preparation":
+        TokenData.prepare_data = refuse
+    elif os.environ["RANK"] == "1":
+        LaneReader.read = refuse
+
+
+@pytest.mark.parametrize("where", ["preparation", "first window"])
+def test_a_hub_away_before_the_first_batch_ends_every_rank_alike(
+    home: Path, mixture: list[str], where: str
+) -> None:
+    name = f"never-{where.split()[0]}"
+    said, mixture = home / "said" / name, [*mixture, "--trainer.max_steps", "2"]
+    arguments = ["fit", *TINY, *mixture, "--trainer.accelerator", "cpu", "--run", name]
+    codes = ranks.finish(ranks.start(2, said, *arguments, preparation=partial(unreachable, where)))
+    everything = "\n".join((said / f"rank-{rank}.txt").read_text() for rank in range(2))
+    assert codes == [75, 75], everything
+    assert everything.count("error: the hub has not given a byte\n") == 1, everything
+    assert "Traceback" not in everything, everything
+    if where == "first window":
+        assert RunFolder(name).record["status"] == "interrupted"
+        ranks.fit(2, name, *mixture)
