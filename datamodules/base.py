@@ -222,10 +222,15 @@ class TokenData(LightningDataModule, ABC):
             stream,
             self,
             batch_size=None,
+            collate_fn=_as_it_is,  # torch's own would look into every batch for arrays to convert
             num_workers=self.num_workers,
             generator=generator,
             pin_memory=on_gpu,
         )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class _Loader(DataLoader):

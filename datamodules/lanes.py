@@ -119,8 +119,9 @@ class _Open:
             self.end = min(position + WINDOWS_LAID_OUT * len(rows[0]), self.length)
             self.laid_out = Rows(1, self.end - position - 1).row(0)
             self.stream.read(position, *self.laid_out)
+        span = slice(position - self.begin, end - self.begin)
         for row, laid_out in zip(rows, self.laid_out, strict=True):
-            row[:] = laid_out[position - self.begin : end - self.begin]
+            row[:] = laid_out[span]
 
 
 class LaneReader:
@@ -135,9 +136,10 @@ class LaneReader:
         _readers.add(self)
 
     def prepare(self, windows: Sequence[int]) -> None:
-        """Fetch and tokenize at once what these windows need first."""
+        """Fetch and tokenize at once what lanes that begin with these windows need first."""
         for window in windows:
-            self._cursor(window).prepare()
+            if window % self._n_lanes not in self._cursors:
+                self._cursor(window).prepare()
 
     def read(self, rows: Rows, row: int, window: int) -> LaneMark:
         """Fill a row with a window; returns its lane, and where that goes on."""
