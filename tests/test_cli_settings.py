@@ -31,6 +31,17 @@ def test_every_preset_parses_and_survives_its_own_dump(preset: str, tmp_path: Pa
     assert written["model"]["net"]["attention"]["class_path"].startswith("t6_lightning.model.attention.")
 
 
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [("some/folder", "some/folder"), ("[a, b c]", ["a", "b c"]), ("[ab]*.txt", "[ab]*.txt")],
+)
+def test_files_are_one_path_or_a_list(given: str, files: str | list[str]) -> None:
+    from t6_lightning.cli import T6CLI, with_config_files
+
+    cli = T6CLI("fit", with_config_files("fit", ["--data", "TextFiles", "--data.files", given]))
+    assert yaml.safe_load(cli.config_yaml)["data"]["init_args"]["files"] == files
+
+
 def test_flags_win_over_the_checkpoint_and_say_so(home: Path) -> None:
     assert fit("flags", "--trainer.max_steps", "30").returncode == 0
     done = run(
