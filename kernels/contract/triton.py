@@ -121,12 +121,13 @@ def _forward(
 @triton.jit(do_not_specialize=["T"])
 def _backward(
     d_out_ptr, a_ptr, b_ptr, cos_ptr, sin_ptr, d_a_ptr, d_b_ptr,
-    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token,
+    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token, d_a_token, d_b_token,
+    A_PAD: tl.constexpr, B_PAD: tl.constexpr, MOST_PAD: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
     A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D).
+    """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D), each token's with so many zeros behind them.
 
     Heads and pairs come first in every tile, ranks last: a matrix product's last side may be as small as 8.
     """
@@ -151,7 +152,8 @@ def _backward(
         y1, y2 = _turned(y1, y2, cos, sin)
     a_at = a_ptr + row * a_row + t * a_token
     d_out_at = d_out_ptr + row * d_row + t * d_token
-    d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)
+    d_a_at = d_a_ptr + n.to(tl.int64) * d_a_token
+    d_b_at = d_b_ptr + n.to(tl.int64) * d_b_token
     g1 = tl.zeros((P, RP), tl.float32)
     g2 = tl.zeros((P, RP), tl.float32)
     for h in tl.static_range(0, H, HEADS):
@@ -172,11 +174,16 @@ def _backward(
     if W > 0:
         d_b1 = g1 * cos - g2 * sin
         d_b2 = g1 * sin + g2 * cos
-    ptrs = d_b_ptr + n.to(tl.int64) * (R * D) + ranks_R[None, :] * D
+    ptrs = d_b_at + ranks_R[None, :] * D
     d_b1 = (d_b1 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
     d_b2 = (d_b2 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
     tl.store(ptrs + first[:, None], d_b1, mask=live_PR)
     tl.store(ptrs + second[:, None], d_b2, mask=live_PR)
+    if MOST_PAD > 0:
+        behind = tl.arange(0, MOST_PAD)
+        nothing = tl.zeros((MOST_PAD,), d_a_ptr.dtype.element_ty)
+        tl.store(d_a_at + R * H + behind, nothing, mask=behind < A_PAD)
+        tl.store(d_b_at + R * D + behind, nothing, mask=behind < B_PAD)
 
 
 def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
@@ -247,17 +254,35 @@ def backward(
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA (B, T, R, H) and dB (B, T, R, D), contiguous; any views."""
-    B, T, R, H = a_BTRH.shape
+    d_a = torch.empty(a_BTRH.shape, dtype=a_BTRH.dtype, device=a_BTRH.device)
+    d_b = torch.empty(b_BTRD.shape, dtype=b_BTRD.dtype, device=b_BTRD.device)
+    backward_into(d_a, d_b, (0, 0), d_out_BTHD, a_BTRH, b_BTRD, cos, sin, pairing, launch)
+    return d_a, d_b
+
+
+def backward_into(
+    d_a_BTRH: torch.Tensor,
+    d_b_BTRD: torch.Tensor,
+    pads: tuple[int, int],
+    d_out_BTHD: torch.Tensor,
+    a_BTRH: torch.Tensor,
+    b_BTRD: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str,
+    launch: Launch | None = None,
+) -> None:
+    """`backward` into views whose tokens lie at one distance each; behind a token's numbers come `pads` zeros."""
+    B, T = a_BTRH.shape[:2]
     D = b_BTRD.shape[-1]
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
-    d_a = torch.empty((B, T, R, H), dtype=a.dtype, device=a.device)
-    d_b = torch.empty((B, T, R, D), dtype=b.dtype, device=b.device)
     heads, warps = launch or choose_launch(D, a.dtype, True)
     if d_out.numel():
         _backward[(B * T,)](
             d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
-            d_a, d_b,
+            d_a_BTRH, d_b_BTRD,
             T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            d_a_BTRH.stride(1), d_b_BTRD.stride(1),
+            A_PAD=pads[0], B_PAD=pads[1], MOST_PAD=triton.next_power_of_2(max(pads)) if max(pads) else 0,
             **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
         )  # fmt: skip
-    return d_a, d_b
