@@ -67,7 +67,9 @@ class T6Module(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
-        self.net = T6(self.config)
+        # Not on a GPU, whose random numbers differ: one seed gives one model, on any device and by any strategy.
+        with torch.device("cpu"):
+            self.net = T6(self.config)
         if self.initial_weights is not None:
             self.net.load_state_dict(self.initial_weights)
         recompute.apply(self.net.blocks, self.recompute_choice)
