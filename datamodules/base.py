@@ -1,6 +1,7 @@
 """The Lightning side of a corpus: what every data module shares."""
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ class TokenData(LightningDataModule, ABC):
         first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
         SourceUnavailable is raised."""
         self.cut_off: str | None = None
+        self.seconds_waited = 0.0
+        """How long this process has waited for training batches, as its clock counts."""
 
     # What a corpus provides.
 
@@ -237,14 +240,22 @@ class _Loader(DataLoader):
     def __init__(self, stream: "IterableDataset[Batch]", data: TokenData, **options: Any):
         super().__init__(stream, **options)
         self._data = data
+        self._trains = isinstance(stream, _TrainingStream)
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batch: Batch = {}
         try:
-            for batch in super().__iter__():
+            batches = super().__iter__()
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, {})
+                if not batch:
+                    return
+                if self._trains:
+                    self._data.seconds_waited += time.perf_counter() - began
                 yield dict(batch)
         except SourceUnavailable as error:
-            if not (self._data.repeats_when_cut_off and isinstance(self.dataset, _TrainingStream)):
+            if not (self._data.repeats_when_cut_off and self._trains):
                 raise
             batch = batch or self._data.nothing()
             repeated: dict[str, Any] = {

@@ -31,8 +31,8 @@ class TextFiles(IndexedData):
     """Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst.
 
     Args:
-        files: Paths, globs, or folders (searched through).
-        exclude: Globs on file names to leave out of `files`.
+        files: Paths, globs, or folders (searched through); one needs no list.
+        exclude: Glob or globs on file names to leave out of `files`.
         val_files: Further validation domains: name -> path(s), glob(s) or folder(s). A training document that
             occurs there is left out of training.
         val_fraction: Share of the documents of `files` held out for validation, by a hash of their text.
@@ -44,9 +44,9 @@ class TextFiles(IndexedData):
 
     def __init__(
         self,
-        files: list[str],
-        exclude: list[str] | None = None,
-        val_files: dict[str, str | list[str]] | None = None,
+        files: list[str] | str,
+        exclude: list[str] | str | None = None,
+        val_files: dict[str, list[str] | str] | None = None,
         val_fraction: float = 0.01,
         text_field: str = "text",
         domain_field: str | None = None,
@@ -58,7 +58,8 @@ class TextFiles(IndexedData):
             raise BadData(f"val_fraction: {val_fraction} is not allowed; allowed: 0 or more and less than 1.")
         if txt_documents not in ("file", "line", "paragraph"):
             raise BadData(f"txt_documents: {txt_documents!r} is not allowed; allowed: file, line, paragraph.")
-        self.files, self.exclude, self.val_files = files, exclude or [], val_files or {}
+        self.files, self.val_files = files, val_files or {}
+        self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
         self.val_fraction = val_fraction
         self.text_field, self.domain_field = text_field, domain_field
         self.txt_documents: TxtDocuments = txt_documents

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from t6_lightning.model.attention import Keys, Layout
-from t6_lightning.model.attention.tpa import OUTPUT_NORM_EPS, TPAConfig
+from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.block import rms_norm
 from t6_lightning.model.config import T6Config
+from t6_lightning.model.norm import OUTPUT_NORM_EPS
 from t6_lightning.model.t6 import T6
 
 N_TOKENS = 256

@@ -71,7 +71,9 @@ class T6Module(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
-        with _EmptyInit(enabled=self.goes_on or self.initial_weights is not None):
+        is_replaced = self.goes_on or self.initial_weights is not None
+        # Not on a GPU, whose random numbers differ: one seed gives one model, on any device and by any strategy.
+        with torch.device("cpu"), _EmptyInit(enabled=is_replaced):
             self.net = T6(self.config)
         if self.initial_weights is not None:
             self.net.load_state_dict(self.initial_weights)

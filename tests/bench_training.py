@@ -53,11 +53,13 @@ def logged(home: Path, run: str, key: str) -> dict[int, tuple[float, float]]:
 
 
 def speed(home: Path, name: str, options: list[str], steps: int) -> dict[str, Any]:
-    """Tokens/s of a run, the first 10 steps left out."""
+    """Tokens/s of a run, the first 10 steps left out; what comes after its last step is not waited for."""
     devices = ["--trainer.devices", "1"] if name == "one" else ["--trainer.strategy", name]
     limits = ["--trainer.max_steps", str(steps), "--cadence.log_every_steps", "2"]
-    started = fit(f"speed-{name}", [*options, *devices, *limits])
-    of = {key: logged(home, f"speed-{name}", f"perf/{key}") for key in ("tokens_per_second", "data_share")}
+    run = f"speed-{name}"
+    started = time.time()
+    until_step(home, run, [*options, *devices, *limits], steps)
+    of = {key: logged(home, run, f"perf/{key}") for key in ("tokens_per_second", "data_share")}
     speeds = [value for step, (value, _) in of["tokens_per_second"].items() if step > 10]
     shares = [value for step, (value, _) in of["data_share"].items() if step > 10]
     low, median, high = statistics.quantiles(speeds, n=4)
@@ -73,25 +75,28 @@ def speed(home: Path, name: str, options: list[str], steps: int) -> dict[str, An
     }
 
 
-def first_step(home: Path, run: str, arguments: list[str]) -> float:
-    """Seconds from the start of a run to its first logged step; it is killed then."""
+def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> float:
+    """Seconds from the start of a run to its first logged step from `step` on; it is killed then."""
     started = time.time()
     command = [sys.executable, "-m", "t6_lightning", "fit", "--run", run, *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        while True:
-            if process.poll() is not None:
-                raise SystemExit(f"{run} ended before its first step: exit code {process.returncode}")
-            with contextlib.suppress(FileNotFoundError, KeyError, sqlite3.OperationalError):
-                times = [at for _, at in logged(home, run, "train/loss").values() if at > started]
-                if times:
-                    return times[0] - started
-            time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        try:
+            while True:
+                if process.poll() is not None:
+                    errors.seek(0)
+                    raise SystemExit(
+                        f"{run}: exit code {process.returncode} before its step\n{errors.read()}"
+                    )
+                with contextlib.suppress(FileNotFoundError, KeyError, sqlite3.OperationalError):
+                    found = logged(home, run, "train/loss").items()
+                    times = [at for logged_step, (_, at) in found if at > started and logged_step >= step]
+                    if times:
+                        return times[0] - started
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, Any
     times = {step: at for step, (_, at) in logged(home, "costs", "train/loss").items()}
     more = [*options, "--trainer.max_steps", str(STEPS + 10)]
     pairs = [
-        (first_step(home, f"fresh-{turn}", more), first_step(home, "costs", [*more, "--ckpt_path", "last"]))
+        (until_step(home, f"fresh-{turn}", more), until_step(home, "costs", [*more, "--ckpt_path", "last"]))
         for turn in range(TURNS)
     ]
     gaps = {step: times[step] - times[step - 1] for step in range(3, STEPS)}

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # The smallest real run: bytes of the standard library, dropout, accumulation of 2, two data workers. Every 3 steps are
 # logged and every 5 saved, so that checkpoints lie between logged steps.
 TINY = [
@@ -32,3 +34,13 @@ def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 def fit(name: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """A tiny training run."""
     return run("fit", *TINY, "--run", name, *arguments, **options)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence with which a command line is refused."""
+    from t6_lightning.__main__ import main
+
+    assert main([str(argument) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    return errors[0]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import fit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Two pytest workers on two cores: threads of their own would only fight each other.
@@ -29,6 +30,21 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shared_home
 
 
+@pytest.fixture(scope="session")
+def trained(shared_home: Path) -> Path:
+    """The checkpoint of a finished tiny run, named "trained"; for reading only."""
+    from t6_lightning.runs import RunFolder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("T6_HOME", str(shared_home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        done = fit("trained")
+        assert done.returncode == 0, done.stderr
+        checkpoint = RunFolder("trained").last_checkpoint()
+    assert checkpoint is not None
+    return checkpoint
+
+
 # Files are dealt to workers whole, in this order: what takes minutes starts first, and none is left for the end.
 LONG = (
     "test_readme",
@@ -37,7 +53,9 @@ LONG = (
     "test_stream_runs",
     "test_spikes",
     "test_resume",
-    "test_cli",
+    "test_cli_runs",
+    "test_cli_settings",
+    "test_cli_failures",
 )
 
 

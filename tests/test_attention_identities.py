@@ -18,7 +18,8 @@ from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, K
 from t6_lightning.model.attention.head_factors import nonlinearity, second_moment
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.mla import MLAConfig
-from t6_lightning.model.attention.tpa import TensorProductAttention, TPAConfig, predecessors
+from t6_lightning.model.attention.tpa import TensorProductAttention, TPAConfig
+from t6_lightning.model.attention.tpa.layer import predecessors
 from t6_lightning.model.init import SCHEMES, entry_variance, init_factor_
 from t6_lightning.model.rope import Rope, Tables
 

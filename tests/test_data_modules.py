@@ -116,6 +116,13 @@ def test_fingerprint_knows_content_not_place(files, tmp_path):
     assert text_files(files, seed=5).fingerprint == here.fingerprint
 
 
+def test_one_path_needs_no_list(files, tmp_path):
+    (tmp_path / "left-out.jsonl").write_text('{"text": "no"}\n')
+    folder = text_files(str(tmp_path), exclude="left-*")
+    assert [source.name for source in folder.sources()] == ["a.jsonl"]
+    assert folder.fingerprint == text_files(files).fingerprint
+
+
 def test_second_run_tokenizes_nothing(files, caplog):
     caplog.set_level(logging.INFO)
     text_files(files, tokenizer="bpe", vocab_size=300).prepare_data()

@@ -39,19 +39,11 @@ def linear_cross_entropy(
     always in float32 or float64. With one chunk nothing is recomputed.
     Raises ValueError for chunk_tokens below 1 and for shapes that do not fit.
     """
-    N, V = x_NC.shape[0], weight_VC.shape[0]
-    if weight_VC.shape[1:] != x_NC.shape[1:] or targets_N.shape != (N,):
-        raise ValueError(
-            f"linear_cross_entropy: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets"
-            f" {tuple(targets_N.shape)} must be (N, C), (V, C), (N,)"
-        )
+    check_arguments("linear_cross_entropy", x_NC, weight_VC, targets_N, chunk_tokens)
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(V)
-    if chunk_tokens < 1:
-        raise ValueError(f"linear_cross_entropy: chunk_tokens must be at least 1, got {chunk_tokens}")
-
+        chunk_tokens = default_chunk_tokens(weight_VC.shape[0])
     dtype = product_dtype(x_NC, weight_VC)
-    if chunk_tokens >= N:
+    if chunk_tokens >= x_NC.shape[0]:
         return _losses(x_NC, weight_VC, targets_N, ignore_index, dtype)
     chunks = zip(x_NC.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
     losses = [
@@ -61,6 +53,23 @@ def linear_cross_entropy(
         for x, targets in chunks
     ]
     return torch.cat(losses)
+
+
+def check_arguments(
+    name: str,
+    x_NC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    targets_N: torch.Tensor,
+    chunk_tokens: int | None,
+) -> None:
+    """ValueError in the name of a loss where its arguments do not fit together."""
+    if weight_VC.shape[1:] != x_NC.shape[1:] or targets_N.shape != x_NC.shape[:1]:
+        raise ValueError(
+            f"{name}: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets {tuple(targets_N.shape)}"
+            " must be (N, C), (V, C), (N,)"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"{name}: chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
 def default_chunk_tokens(vocabulary: int) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import product_dtype
-from kernels.loss.plain import default_chunk_tokens
+from kernels.loss.plain import check_arguments, default_chunk_tokens
 from kernels.loss.rows import cross_entropy_
 
 # One chunk's logits on a GPU, in the dtype of the product: its matrix products have 4,096 rows or more.
@@ -38,21 +38,15 @@ def linear_cross_entropy_sum(
     Arguments, dtypes and errors as there; gradients of x and W can be taken once, not differentiated again. With
     gradients the forward pass holds one chunk of logits, dx in the product's dtype and dW in float32.
     """
-    N, V = x_NC.shape[0], weight_VC.shape[0]
-    if weight_VC.shape[1:] != x_NC.shape[1:] or targets_N.shape != (N,):
-        raise ValueError(
-            f"linear_cross_entropy_sum: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets"
-            f" {tuple(targets_N.shape)} must be (N, C), (V, C), (N,)"
-        )
+    check_arguments("linear_cross_entropy_sum", x_NC, weight_VC, targets_N, chunk_tokens)
     dtype = product_dtype(x_NC, weight_VC)
     if chunk_tokens is None:
+        N, V = x_NC.shape[0], weight_VC.shape[0]
         most = default_chunk_tokens(V)
         if x_NC.is_cuda:
             most = max(1, GPU_CHUNK_LOGIT_BYTES // (dtype.itemsize * V) // 128) * 128
         # Chunks of equal size: a short last one would run at a fraction of the speed.
         chunk_tokens = max(1, ceil(N / max(1, ceil(N / most)) / 128)) * 128
-    if chunk_tokens < 1:
-        raise ValueError(f"linear_cross_entropy_sum: chunk_tokens must be at least 1, got {chunk_tokens}")
     result: torch.Tensor = _Sum.apply(x_NC, weight_VC, targets_N, ignore_index, chunk_tokens, dtype)  # pyright: ignore[reportAssignmentType]
     return result
 

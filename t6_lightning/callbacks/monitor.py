@@ -24,12 +24,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _seconds_waited(trainer: pl.Trainer) -> float:
+    return trainer.datamodule.seconds_waited  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Monitor(pl.Callback):
     """Logs `train/loss`, `perf/*`, `optim/*` and `data/tokens` every `log_every_steps`, `val/*` at each validation.
 
     Speed counts training alone: validation, checkpoints and what comes before the first step are left out.
-    `perf/data_share` is the share of that time that passes between the end of a micro-batch and the start of the
-    next, as the host sees it: what waiting for data can cost a device at most.
+    `perf/data_share` is the share of that time in which this rank waited for the loader's next micro-batch.
     """
 
     def __init__(self, cadence: Cadence, guard: SpikeGuard, tracking: MLflowTracking) -> None:
@@ -41,8 +44,7 @@ class Monitor(pl.Callback):
         """Nats and counted tokens, over all ranks, since the last logged step."""
         self._seconds = 0.0
         self._started: float | None = None
-        self._fetching = 0.0
-        self._ended: float | None = None
+        self._waited = self._waited_before = 0.0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The losses since the last logged step: a checkpoint may lie between two logged steps."""
@@ -59,17 +61,14 @@ class Monitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
         if self._started is None:
-            self._started = now
-        elif self._ended is not None:
-            self._fetching += now - self._ended
+            self._started = time.perf_counter()
+            self._waited_before = _seconds_waited(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, T6Module)
-        self._ended = time.perf_counter()
         self._tokens += batch["tokens"].numel() * trainer.world_size
         if not stepped(trainer, batch_idx):
             return
@@ -94,7 +93,7 @@ class Monitor(pl.Callback):
         self.latest = {
             "train/loss": nats / counted if counted else float("nan"),  # nan: every step was refused
             "perf/tokens_per_second": speed,
-            "perf/data_share": self._fetching / self._seconds,
+            "perf/data_share": self._waited / self._seconds,
             "perf/peak_memory_bytes": ranks.largest(peak_memory_bytes(module.device)),
             "optim/lr": module.optimizer_config.lr * factor,
             "optim/grad_norm": float(module.grad_norm),
@@ -106,7 +105,7 @@ class Monitor(pl.Callback):
         if peak:
             self.latest["perf/mfu"] = speed * module.config.training_flops() / (peak * trainer.world_size)
         self.tracking.log_metrics(self.latest, step=trainer.global_step)
-        self._seconds, self._fetching, self._tokens = 0.0, 0.0, 0
+        self._seconds, self._waited, self._tokens = 0.0, 0.0, 0
 
     def check_finite(self) -> None:
         """Stop at a loss or gradient that was not finite.
@@ -138,4 +137,5 @@ class Monitor(pl.Callback):
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         self._seconds += time.perf_counter() - self._started
-        self._started = self._ended = None
+        self._waited += _seconds_waited(module.trainer) - self._waited_before
+        self._started = None

@@ -1,6 +1,6 @@
-"""Attention families: each file of this folder defines one or more `AttentionConfig` classes.
+"""Attention families: each file (or package) of this folder defines one or more `AttentionConfig` classes.
 
-The files are found by themselves: a new idea is a new file here, and nothing else.
+They are found by themselves: a new idea is a new file here, and nothing else.
 """
 
 from __future__ import annotations
