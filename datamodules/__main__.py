@@ -166,7 +166,7 @@ def print_throughput(options: argparse.Namespace) -> None:
     tokenizer = data.tokenizer  # trained or loaded beforehand: it is not what is measured
     with _empty_home():
         data = corpus_of(options)
-        data.__dict__["tokenizer"] = tokenizer
+        vars(data)["tokenizer"] = tokenizer
         if data.streamed:
             data.prepare_data()  # validation text and the list of files
         began, cpu = time.perf_counter(), time.process_time()

@@ -266,7 +266,7 @@ class StreamedData(TokenData):
             )
             self.revision = state["revision"]
             for name in ("store", "train_files", "val_files", "validation", "_fingerprint"):
-                self.__dict__.pop(name, None)
+                vars(self).pop(name, None)
 
 
 class FineWebEdu(StreamedData):
