@@ -100,10 +100,10 @@ def test_saved_are_factors_alone(compiled):
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_generation_follows_the_backend(backend, monkeypatch):
     asked = []
-    from t6_lightning.model.attention import tpa
+    from t6_lightning.model.attention.tpa import layer
 
-    decode = tpa.decode
-    monkeypatch.setattr(tpa, "decode", lambda *a, **k: asked.append(k["backend"]) or decode(*a, **k))
+    decode = layer.decode
+    monkeypatch.setattr(layer, "decode", lambda *a, **k: asked.append(k["backend"]) or decode(*a, **k))
     model = T6(net(backend)).eval()
     cache = model.new_cache(1, 8)
     with torch.no_grad():

@@ -16,8 +16,10 @@ SMALL = ["--context", "32", "--batch", "2", "--new_tokens", "3", "--dtype", "flo
 
 
 def test_figures_of_two_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "generate.json"
-    assert main(["bench", "generate", "quickstart", "ablations/shared-b", *SMALL, "--json", str(file)]) == 0
+    file, profile = tmp_path / "generate.json", tmp_path / "profile.txt"
+    files = ["--json", str(file), "--profile", str(profile)]
+    assert main(["bench", "generate", "quickstart", "ablations/shared-b", *SMALL, *files]) == 0
+    assert "aten::mm" in profile.read_text().split("ablations/shared-b")[0]
     assert "one further token, 2 rows of 32 tokens" in capsys.readouterr().out
     rows = json.loads(file.read_text())
     assert [row["preset"] for row in rows] == ["quickstart", "ablations/shared-b"]

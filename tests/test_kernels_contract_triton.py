@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels.contract import TRITON_IS_INSTALLED, contract
+from kernels.contract.qkv import Part, contract_qkv
 from kernels.tolerances import assert_close, assert_matches
 
 if not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
@@ -101,6 +102,61 @@ def test_gradients_of_one_factor_alone():
     [got] = torch.autograd.grad(contract(a, parts["b"], backend="triton").sum(), [a])
     [expected] = torch.autograd.grad(contract(a, parts["b"], backend="plain").sum(), [a])
     assert_close(got, expected.double(), torch.float32)
+
+
+# Q, K and V of 5 heads in no order, with numbers between them that belong to none.
+PARTS = [Part(a=230, b=3, rank=6, heads=5, width=32), Part(200, 270, 2, 5, 32), Part(220, 345, 1, 5, 32)]
+RECORD = 390
+
+
+def qkv(backend: str, turn: tuple[torch.Tensor, torch.Tensor]):
+    def run(record: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(record.dtype, torch.float32)
+        queries = (turn[0].to(wide), turn[1].to(wide))
+        keys = (queries[0] / 2, queries[1] / 3)
+        return torch.stack(contract_qkv(record, PARTS, queries, keys, backend=backend))
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_keys_and_values_of_one_record(dtype):
+    record = torch.randn(2, 3, RECORD, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    turn = tables(3, 16)
+    assert_matches(qkv("triton", turn), qkv("plain", turn), {"record": record}, dtype)
+
+
+def test_what_belongs_to_no_part_has_no_gradient():
+    record = torch.randn(2, 3, RECORD, requires_grad=True)
+    qkv("triton", tables(3, 16))(record).sum().backward()
+    used = torch.zeros(RECORD, dtype=torch.bool)
+    for part in PARTS:
+        used[part.a : part.a + part.rank * part.heads] = True
+        used[part.b : part.b + part.rank * part.width] = True
+    assert record.grad is not None
+    assert torch.equal(record.grad.ne(0).any(1).any(0), used)
+
+
+def test_queries_keys_and_values_are_one_operator_in_a_compiled_graph():
+    record = torch.randn(2, 3, RECORD, requires_grad=True)
+    step = qkv("triton", tables(3, 16))
+    compiled = torch.compile(lambda record: 2 * step(record + 1), backend="aot_eager", fullgraph=True)
+    expected, got = 2 * step(record + 1), compiled(record)
+    upstream = torch.randn_like(expected)
+    assert torch.equal(got, expected)
+    [one] = torch.autograd.grad(got, [record], upstream)
+    [other] = torch.autograd.grad(expected, [record], upstream)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "triton"])
+def test_parts_must_fit_the_record(backend):
+    overlapping = [PARTS[0], PARTS[1], Part(221, 3, 1, 5, 32)]
+    for parts, sentence in ((PARTS[:2], "2 parts; allowed: 3"), (overlapping, "not overlap")):
+        with pytest.raises(ValueError, match=sentence):
+            contract_qkv(torch.randn(1, 2, RECORD), parts, None, None, backend=backend)
+    with pytest.raises(ValueError, match="lie inside it"):
+        contract_qkv(torch.randn(1, 2, RECORD - 20), PARTS, None, None, backend=backend)
 
 
 def test_one_operator_in_a_compiled_graph():

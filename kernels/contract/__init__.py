@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, R rank, H heads, D head dimension.
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -49,7 +50,7 @@ def contract(
         )
     if (cos is None) != (sin is None):
         raise ValueError("contract: give both cos and sin, or neither")
-    why_not = _why_not_triton(a_BTRH, b_BTRD, cos)
+    why_not = why_not_triton(a_BTRH, b_BTRD)
     run = choose(
         "contract", backend, _fastest_first(a_BTRH.device.type), {"triton": why_not} if why_not else None
     )
@@ -63,23 +64,30 @@ def _triton(
     sin: torch.Tensor | None,
     pairing: str,
 ) -> torch.Tensor:
-    (B, T, _, D) = b_BTRD.shape
-    if cos is not None and sin is not None:
-        width = 2 * cos.shape[-1]
-        if width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
-            raise ValueError(
-                f"contract: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
-                f" with W <= D, for b (B, T, R, D) = {tuple(b_BTRD.shape)}"
-            )
-        if pairing not in ("halves", "interleaved"):
-            raise ValueError(f"contract: unknown pairing {pairing!r}; allowed: halves, interleaved")
-        if width == 0:
-            cos = sin = None
+    cos, sin = check_tables(cos, sin, b_BTRD.shape, pairing)
     dtype = product_dtype(a_BTRH, b_BTRD)
     return torch.ops.t6_lightning.contract(a_BTRH.to(dtype), b_BTRD.to(dtype), cos, sin, pairing)
 
 
-def _why_not_triton(a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor | None) -> str | None:
+def check_tables(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, b_shape: Sequence[int], pairing: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tables, None where they turn nothing; ValueError where they do not fit b (B, T, R, D)."""
+    (B, T, _, D) = b_shape
+    if cos is None or sin is None:
+        return None, None
+    width = 2 * cos.shape[-1]
+    if width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"contract: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
+            f" with W <= D, for b (B, T, R, D) = {tuple(b_shape)}"
+        )
+    if pairing not in ("halves", "interleaved"):
+        raise ValueError(f"contract: unknown pairing {pairing!r}; allowed: halves, interleaved")
+    return (cos, sin) if width else (None, None)
+
+
+def why_not_triton(a: torch.Tensor, b: torch.Tensor) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"

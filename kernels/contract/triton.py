@@ -11,7 +11,8 @@ x1 and x2, each a tile of its own: turning is then arithmetic between tiles, in 
                 g1[r, p] = (1/R) Σ_h a[r, h] dOut1[h, p],  dB = RoPEᵀ(g)
 
 Out is written once, dOut read once; beside them move the factors only, which are some tenths of their size. The
-matrix products are too small to matter (0.1 % of a step's): their inner side is the rank, padded to 16.
+matrix products are too small to matter (0.1 % of a step's): one side is the rank, padded to 16 where it is the inner
+one (forward), else to 8.
 """
 
 # Triton's own language is not Python's to a type checker, and the package may be absent.
@@ -70,22 +71,11 @@ def _tables(cos_ptr, sin_ptr, at, P: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _rows(
-    b_ptr, at, cos, sin, first, second,
-    R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, W: tl.constexpr, B_RANK: tl.constexpr,
-):  # fmt: skip
-    """Both sides of RoPE(b) of one token, (RP, P) in b's dtype."""
-    ranks_R = tl.arange(0, RP)
-    live = (ranks_R < R)[:, None] & (tl.arange(0, P) < D // 2)[None, :]
-    ptrs = b_ptr + at + ranks_R[:, None] * B_RANK
-    b1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
-    b2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
-    if W > 0:
-        x1 = b1.to(tl.float32)
-        x2 = b2.to(tl.float32)
-        b1 = (x1 * cos + x2 * sin).to(b1.dtype)
-        b2 = (x2 * cos - x1 * sin).to(b2.dtype)
-    return b1, b2
+def _turned(x1, x2, cos, sin):
+    """Both sides of RoPE, in x's dtype."""
+    wide1 = x1.to(tl.float32)
+    wide2 = x2.to(tl.float32)
+    return (wide1 * cos + wide2 * sin).to(x1.dtype), (wide2 * cos - wide1 * sin).to(x2.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -107,7 +97,12 @@ def _forward(
     sin = 0.0
     if W > 0:
         cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+    live_RP = (ranks_R < R)[:, None] & live_P[None, :]
+    ptrs = b_ptr + row * b_row + t * b_token + ranks_R[:, None] * B_RANK
+    y1 = tl.load(ptrs + first[None, :], mask=live_RP, other=0.0)
+    y2 = tl.load(ptrs + second[None, :], mask=live_RP, other=0.0)
+    if W > 0:
+        y1, y2 = _turned(y1, y2, cos, sin)
     a_at = a_ptr + row * a_row + t * a_token
     out_at = out_ptr + n.to(tl.int64) * (H * D)
     for h in tl.static_range(0, H, HEADS):
@@ -126,15 +121,21 @@ def _forward(
 @triton.jit(do_not_specialize=["T"])
 def _backward(
     d_out_ptr, a_ptr, b_ptr, cos_ptr, sin_ptr, d_a_ptr, d_b_ptr,
-    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token,
+    T, d_row, d_token, d_head, a_row, a_token, b_row, b_token, table_row, table_token, d_a_token, d_b_token,
+    A_PAD: tl.constexpr, B_PAD: tl.constexpr, MOST_PAD: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
     A_RANK: tl.constexpr, B_RANK: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D)."""
+    """dA (N, R, H) and dB (N, R, D) of dOut (N, H, D), each token's with so many zeros behind them.
+
+    Heads and pairs come first in every tile, ranks last: a matrix product's last side may be as small as 8.
+    """
     first, second = _pairs(P, D, W, INTERLEAVED)
     ranks_R = tl.arange(0, RP)
+    live_R = ranks_R < R
     live_P = tl.arange(0, P) < D // 2
+    live_PR = live_P[:, None] & live_R[None, :]
     n = tl.program_id(0)
     row = (n // T).to(tl.int64)
     t = (n % T).to(tl.int64)
@@ -142,53 +143,66 @@ def _backward(
     sin = 0.0
     if W > 0:
         cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-    y1, y2 = _rows(b_ptr, row * b_row + t * b_token, cos, sin, first, second, R, RP, P, D, W, B_RANK)
+        cos = tl.trans(cos)
+        sin = tl.trans(sin)
+    ptrs = b_ptr + row * b_row + t * b_token + ranks_R[None, :] * B_RANK
+    y1 = tl.load(ptrs + first[:, None], mask=live_PR, other=0.0)
+    y2 = tl.load(ptrs + second[:, None], mask=live_PR, other=0.0)
+    if W > 0:
+        y1, y2 = _turned(y1, y2, cos, sin)
     a_at = a_ptr + row * a_row + t * a_token
     d_out_at = d_out_ptr + row * d_row + t * d_token
-    d_a_at = d_a_ptr + n.to(tl.int64) * (R * H)
-    g1 = tl.zeros((RP, P), tl.float32)
-    g2 = tl.zeros((RP, P), tl.float32)
+    d_a_at = d_a_ptr + n.to(tl.int64) * d_a_token
+    d_b_at = d_b_ptr + n.to(tl.int64) * d_b_token
+    g1 = tl.zeros((P, RP), tl.float32)
+    g2 = tl.zeros((P, RP), tl.float32)
     for h in tl.static_range(0, H, HEADS):
         heads_H = h + tl.arange(0, HEADS)
-        live_RH = (ranks_R < R)[:, None] & (heads_H < H)[None, :]
-        a_RH = tl.load(a_at + ranks_R[:, None] * A_RANK + heads_H[None, :], mask=live_RH, other=0.0)
+        live_HR = (heads_H < H)[:, None] & live_R[None, :]
+        a_HR = tl.load(a_at + ranks_R[None, :] * A_RANK + heads_H[:, None], mask=live_HR, other=0.0)
         live = (heads_H < H)[:, None] & live_P[None, :]
         ptrs = d_out_at + heads_H[:, None] * d_head
         d1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
         d2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
-        g1 += _dot(a_RH, d1, UPCAST)
-        g2 += _dot(a_RH, d2, UPCAST)
-        d_a = _dot(y1, tl.trans(d1), UPCAST) + _dot(y2, tl.trans(d2), UPCAST)
+        g1 += _dot(tl.trans(d1), a_HR, UPCAST)
+        g2 += _dot(tl.trans(d2), a_HR, UPCAST)
+        d_a = _dot(d1, y1, UPCAST) + _dot(d2, y2, UPCAST)
         d_a = (d_a * (1.0 / R)).to(d_a_ptr.dtype.element_ty)
-        tl.store(d_a_at + ranks_R[:, None] * H + heads_H[None, :], d_a, mask=live_RH)
+        tl.store(d_a_at + ranks_R[None, :] * H + heads_H[:, None], d_a, mask=live_HR)
     d_b1 = g1
     d_b2 = g2
     if W > 0:
         d_b1 = g1 * cos - g2 * sin
         d_b2 = g1 * sin + g2 * cos
-    ptrs = d_b_ptr + n.to(tl.int64) * (R * D) + ranks_R[:, None] * D
-    live = (ranks_R < R)[:, None] & live_P[None, :]
+    ptrs = d_b_at + ranks_R[None, :] * D
     d_b1 = (d_b1 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
     d_b2 = (d_b2 * (1.0 / R)).to(d_b_ptr.dtype.element_ty)
-    tl.store(ptrs + first[None, :], d_b1, mask=live)
-    tl.store(ptrs + second[None, :], d_b2, mask=live)
+    tl.store(ptrs + first[:, None], d_b1, mask=live_PR)
+    tl.store(ptrs + second[:, None], d_b2, mask=live_PR)
+    if MOST_PAD > 0:
+        behind = tl.arange(0, MOST_PAD)
+        nothing = tl.zeros((MOST_PAD,), d_a_ptr.dtype.element_ty)
+        tl.store(d_a_at + R * H + behind, nothing, mask=behind < A_PAD)
+        tl.store(d_b_at + R * D + behind, nothing, mask=behind < B_PAD)
 
 
 def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
     """The fastest or close to it for 34, 47, 61 and 78 heads, ranks 2 and 6 (H100, bfloat16, D = 64)."""
     if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
         return Launch(heads=16, warps=4)
-    return Launch(heads=64, warps=2 if backward else 4)
+    return Launch(heads=32, warps=1) if backward else Launch(heads=64, warps=4)
 
 
-def _shape(a_BTRH: torch.Tensor, b_BTRD: torch.Tensor, cos: torch.Tensor | None, pairing: str) -> dict:
+def _shape(
+    a_BTRH: torch.Tensor, b_BTRD: torch.Tensor, cos: torch.Tensor | None, pairing: str, least_rank: int
+) -> dict:
     R, H, D = *a_BTRH.shape[2:], b_BTRD.shape[-1]
     return {
         "H": H,
         "D": D,
         "W": 0 if cos is None else 2 * cos.shape[-1],
         "R": R,
-        "RP": max(16, triton.next_power_of_2(R)),
+        "RP": max(least_rank, triton.next_power_of_2(R)),
         "P": max(16, triton.next_power_of_2(D // 2)),
         "A_RANK": a_BTRH.stride(2) if R > 1 else 0,
         "B_RANK": b_BTRD.stride(2) if R > 1 else 0,
@@ -225,7 +239,7 @@ def forward(
         _forward[(B * T,)](
             a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin), out,
             T, *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
+            **_shape(a, b, cos, pairing, 16), HEADS=heads, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -240,17 +254,35 @@ def backward(
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA (B, T, R, H) and dB (B, T, R, D), contiguous; any views."""
-    B, T, R, H = a_BTRH.shape
+    d_a = torch.empty(a_BTRH.shape, dtype=a_BTRH.dtype, device=a_BTRH.device)
+    d_b = torch.empty(b_BTRD.shape, dtype=b_BTRD.dtype, device=b_BTRD.device)
+    backward_into(d_a, d_b, (0, 0), d_out_BTHD, a_BTRH, b_BTRD, cos, sin, pairing, launch)
+    return d_a, d_b
+
+
+def backward_into(
+    d_a_BTRH: torch.Tensor,
+    d_b_BTRD: torch.Tensor,
+    pads: tuple[int, int],
+    d_out_BTHD: torch.Tensor,
+    a_BTRH: torch.Tensor,
+    b_BTRD: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pairing: str,
+    launch: Launch | None = None,
+) -> None:
+    """`backward` into views whose tokens lie at one distance each; behind a token's numbers come `pads` zeros."""
+    B, T = a_BTRH.shape[:2]
     D = b_BTRD.shape[-1]
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
-    d_a = torch.empty((B, T, R, H), dtype=a.dtype, device=a.device)
-    d_b = torch.empty((B, T, R, D), dtype=b.dtype, device=b.device)
     heads, warps = launch or choose_launch(D, a.dtype, True)
     if d_out.numel():
         _backward[(B * T,)](
             d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
-            d_a, d_b,
+            d_a_BTRH, d_b_BTRD,
             T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            **_shape(a, b, cos, pairing), HEADS=heads, num_warps=warps,
+            d_a_BTRH.stride(1), d_b_BTRD.stride(1),
+            A_PAD=pads[0], B_PAD=pads[1], MOST_PAD=triton.next_power_of_2(max(pads)) if max(pads) else 0,
+            **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
         )  # fmt: skip
-    return d_a, d_b

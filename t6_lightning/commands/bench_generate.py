@@ -10,15 +10,17 @@ import argparse
 import gc
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from kernels.bench.profiling import where_time_goes
 from kernels.bench.report import environment
 from kernels.bench.timing import copy_bandwidth, median, quantile
 from t6_lightning.commands.cache import DTYPES
-from t6_lightning.commands.parser import Parser, show_json
+from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.cache import KVCache
@@ -29,6 +31,7 @@ from t6_lightning.presets import load_net
 
 # Before anything is timed: kernels are built, the graph is captured, clocks settle.
 WARM_TOKENS = 8
+PROFILED_TOKENS = 4
 
 
 def random_model(config: T6Config, dtype: torch.dtype, device: torch.device) -> T6:
@@ -53,12 +56,14 @@ def filled_cache(model: T6, batch: int, tokens: int, capacity: int) -> KVCache:
     return cache
 
 
+def untimed_tokens(options: argparse.Namespace) -> int:
+    """Tokens before the timed ones: to warm up, and to profile."""
+    return WARM_TOKENS + (PROFILED_TOKENS if options.profile else 0)
+
+
 def token_seconds(decoder: Decoder, token_B: torch.Tensor, n_tokens: int) -> list[float]:
     """Seconds of each of `n_tokens` tokens."""
-    on_gpu = token_B.is_cuda
-    for _ in range(WARM_TOKENS):
-        token_B = decoder.next(token_B)
-    if not on_gpu:
+    if not token_B.is_cuda:
         times = []
         for _ in range(n_tokens):
             began = time.perf_counter()
@@ -78,7 +83,7 @@ def token_seconds(decoder: Decoder, token_B: torch.Tensor, n_tokens: int) -> lis
 def measure(name: str, bandwidth: float, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Time `options.new_tokens` tokens, the last of which has `options.context` tokens in its cache."""
     config, dtype, batch = load_net(name), DTYPES[options.dtype], options.batch
-    before = options.context - options.new_tokens - WARM_TOKENS
+    before = options.context - options.new_tokens - untimed_tokens(options)
     try:
         model = random_model(config, dtype, device)
         cache = filled_cache(model, batch, before, options.context)
@@ -99,6 +104,12 @@ def measure(name: str, bandwidth: float, device: torch.device, options: argparse
             generator,
             graph=device.type == "cuda",
         )
+        for _ in range(WARM_TOKENS):
+            token_B = decoder.next(token_B)
+        if options.profile:
+            table = where_time_goes(lambda: decoder.next(token_B), PROFILED_TOKENS, device)
+            with Path(options.profile).open("a") as file:
+                file.write(f"{name}\n{table}\n\n")
         times = token_seconds(decoder, token_B, options.new_tokens)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     # The tokens that a timed token reads in the mean, itself included.
@@ -142,20 +153,23 @@ def main(arguments: list[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="compile one block and reuse it (default: on a GPU)",
     )
+    parser.add_profile()
     parser.add_json()
     options = parser.parse_args(arguments[1:])
     for name in ("batch", "new_tokens"):
         require(getattr(options, name) >= 1, f"--{name}", getattr(options, name), "it must be at least 1")
-    least = options.new_tokens + WARM_TOKENS + 1
+    before = untimed_tokens(options)
+    least = options.new_tokens + before + 1
     require(
         options.context >= least,
         "--context",
         options.context,
-        f"{options.new_tokens} new tokens after {WARM_TOKENS} to warm up need at least {least}",
+        f"{options.new_tokens} new tokens after {before} to warm up need at least {least}",
     )
     require(
         options.device != "cuda" or torch.cuda.is_available(), "--device", "cuda", "torch sees no CUDA device"
     )
+    check_files(options, "profile", "json")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options.compile = device.type == "cuda" if options.compile is None else options.compile
     bandwidth = copy_bandwidth(device)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from kernels.bench.profiling import where_time_goes
 from t6_lightning import recompute
 from t6_lightning.backend import check_backend
 from t6_lightning.commands.params import new_table
-from t6_lightning.commands.parser import Parser, show_json
+from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.environment import describe
 from t6_lightning.errors import require
@@ -97,7 +98,7 @@ def measure(name: str, net: T6Config, device: torch.device, options: argparse.Na
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     if options.profile:
         with Path(options.profile).open("a") as file:
-            file.write(f"{name}\n{_profile(training)}\n\n")
+            file.write(f"{name}\n{where_time_goes(training.step, PROFILED_STEPS, device)}\n\n")
     return {
         "preset": name,
         "mechanism": net.attention.mechanism,
@@ -123,38 +124,6 @@ def measure(name: str, net: T6Config, device: torch.device, options: argparse.Na
     }
 
 
-def _profile(training: Training) -> str:
-    """Kernels by their time on the device (operators by time on a CPU), of one step."""
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = training.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as found:
-        for _ in range(PROFILED_STEPS):
-            training.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    events = found.key_averages()
-    if not on_gpu:
-        return events.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=80)
-    # An annotation of the optimizer spans kernels that are listed themselves.
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-    kernels = [event for event in kernels if not event.key.startswith("Optimizer.step")]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in kernels)
-    lines = [
-        f"{'ms per step':>12}{'share':>8}{'calls':>7}  kernel",
-        f"{total / 1e3 / PROFILED_STEPS:>12.2f}  all",
-    ]
-    lines += [
-        f"{event.self_device_time_total / 1e3 / PROFILED_STEPS:>12.2f}"
-        f"{event.self_device_time_total / total:>8.1%}{event.count // PROFILED_STEPS:>7}  {event.key[:120]}"
-        for event in kernels[:30]
-    ]
-    return "\n".join(lines)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked together."""
     parser = Parser("bench train", __doc__ or "")
@@ -170,16 +139,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=recompute.CHOICES, default="none", help="as model.recompute")
     parser.add_argument("--attention_backend", choices=BACKENDS, help="instead of the presets'")
     parser.add_argument("--attention_saves", choices=("qkv", "factors"), help="instead of the presets'")
-    parser.add_argument("--profile", metavar="FILE", help="append where each model's time goes to FILE")
+    parser.add_profile()
     parser.add_json()
     options = parser.parse_args(arguments[1:])
     for option, least in (("batch", 1), ("context", 1), ("steps", 1), ("warmup", 0)):
         value = getattr(options, option)
         require(value is None or value >= least, f"--{option}", value, f"it must be at least {least}")
-    for option in ("profile", "json"):
-        file = getattr(options, option)
-        fits = file in (None, "-") or Path(file).resolve().parent.is_dir()
-        require(fits, f"--{option}", file, "there is no such folder")
+    check_files(options, "profile", "json")
     there = torch.cuda.is_available()
     require(options.device != "cuda" or there, "--device", "cuda", "torch sees no CUDA device")
     options.device = options.device or ("cuda" if there else "cpu")

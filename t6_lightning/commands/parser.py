@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from t6_lightning.errors import BadInput
+from t6_lightning.errors import BadInput, require
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +25,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to FILE"
         )
+
+    def add_profile(self) -> None:
+        """`--profile FILE`: where the time goes."""
+        self.add_argument("--profile", metavar="FILE", help="append where each model's time goes to FILE")
+
+
+def check_files(options: argparse.Namespace, *names: str) -> None:
+    """Raises BadInput where the folder of a file to write is missing: better before the work than after it."""
+    for name in names:
+        file = getattr(options, name)
+        fits = file in (None, "-") or Path(file).resolve().parent.is_dir()
+        require(fits, f"--{name}", file, "there is no such folder")
 
 
 def show_json(value: Any, target: str) -> None:

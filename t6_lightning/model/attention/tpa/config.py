@@ -281,6 +281,17 @@ class TPAConfig(AttentionConfig):
         return self.rope_at == "factors" and not self.shared_b and "k" not in self.noncontextual_b
 
     @property
+    def has_plain_factors(self) -> bool:
+        """Q, K and V have two factors each, all of the token, none shared and none changed (section 3.1)."""
+        return (
+            self.order == 2
+            and self.factorize_q
+            and not self.shared_b
+            and self.nonlinearity == "none"
+            and all(f.contextual for f in self.factors().values())
+        )
+
+    @property
     def decodes_in_place(self) -> bool:
         """What decoding reads are the cached entries themselves (and parameters): nothing is made of them."""
         return self.order == 2 and self.caches_rotated_b and not self.kv_shift

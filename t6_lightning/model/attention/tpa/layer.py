@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kernels.attention import OPERATORS
 from kernels.contract import contract, outer
+from kernels.contract.qkv import Part, contract_qkv
 from kernels.decode import decode
 from kernels.factors import query_and_key
 from kernels.linear import linear
@@ -89,14 +91,26 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         init_factor_(weight, self.config.init, shape, self.config.gain(letter))
 
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The factors (B, T, R, N) that depend on the token, from one matrix product: small ones are slower."""
-        weight = self._merged_weights() if self._frozen is None else self._frozen
-        unit = ALIGNMENT if weight.is_cuda else 1
+        """The factors (B, T, R, N) that depend on the token."""
+        return self._factors(self._record(x_BTC))
+
+    def _record(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        """All of them side by side, from one matrix product: small ones are slower."""
+        return linear(x_BTC, self._merged_weights() if self._frozen is None else self._frozen)
+
+    def _starts(self, on_gpu: bool) -> dict[str, int]:
+        """Where each factor begins in a record."""
+        unit = ALIGNMENT if on_gpu else 1
         sizes = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
-        parts = linear(x_BTC, weight).split(sizes, dim=-1)
+        return dict(zip(self.contextual, accumulate(sizes, initial=0), strict=False))
+
+    def _factors(self, record_BTN: torch.Tensor) -> dict[str, torch.Tensor]:
+        starts = self._starts(record_BTN.is_cuda)
         factors = {
-            name: part[..., : f.rank * f.size].unflatten(-1, (f.rank, f.size))
-            for (name, f), part in zip(self.contextual.items(), parts, strict=True)
+            name: record_BTN[..., starts[name] : starts[name] + f.rank * f.size].unflatten(
+                -1, (f.rank, f.size)
+            )
+            for name, f in self.contextual.items()
         }
         for part in self.config.ranks:
             if f"a_{part}" in factors:
@@ -209,35 +223,56 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         return k_BMHD, v_BMHD
 
     def heads(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        plain_q_BTHD = None if self.config.factorize_q else self._plain_q(x_BTC, layout)
-        return self._heads(self.contextual_factors(x_BTC), plain_q_BTHD, layout)
+        return self._heads(self._record(x_BTC), self._plain_q_or_none(x_BTC, layout), layout)
+
+    def _plain_q_or_none(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+        return None if self.config.factorize_q else self._plain_q(x_BTC, layout)
 
     def _heads(
-        self, factors: Mapping[str, torch.Tensor], plain_q_BTHD: torch.Tensor | None, layout: Layout
+        self, record_BTN: torch.Tensor, plain_q_BTHD: torch.Tensor | None, layout: Layout
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q_BTHD = plain_q_BTHD
-        if q_BTHD is None:
-            q_BTHD = self._contract("q", factors, layout.queries, layout)
-        k_BTHD = self._contract("k", factors, layout.keys.tables, layout)
-        v_BTHD = self._contract("v", factors, None, layout)
+        if self.config.has_plain_factors:
+            starts, factors = self._starts(record_BTN.is_cuda), self.config.factors()
+            parts = [
+                Part(
+                    starts[f"a_{part}"],
+                    starts[f"b_{part}"],
+                    rank,
+                    factors[f"a_{part}"].size,
+                    factors[f"b_{part}"].size,
+                )
+                for part, rank in self.config.ranks.items()
+            ]
+            q_BTHD, k_BTHD, v_BTHD = contract_qkv(
+                record_BTN,
+                parts,
+                layout.queries,
+                layout.keys.tables,
+                pairing=self.config.rope.pairing,
+                backend=layout.contract_backend,
+            )
+        else:
+            factors = self._factors(record_BTN)
+            q_BTHD = plain_q_BTHD
+            if q_BTHD is None:
+                q_BTHD = self._contract("q", factors, layout.queries, layout)
+            k_BTHD = self._contract("k", factors, layout.keys.tables, layout)
+            v_BTHD = self._contract("v", factors, None, layout)
         return q_BTHD, *self._shifted_heads(k_BTHD, v_BTHD, layout.keys.starts)
 
     def attend_new(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor:
         if layout.saves == "qkv" or not torch.is_grad_enabled():
             return super().attend_new(x_BTC, layout)
-        factors = self.contextual_factors(x_BTC)
-        plain_q_BTHD = None if self.config.factorize_q else self._plain_q(x_BTC, layout)
 
-        def from_factors(plain_q_BTHD: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-            named = dict(zip(factors, parts, strict=True))
-            return self.attend(*self._heads(named, plain_q_BTHD, layout), layout)
+        def from_factors(record_BTN: torch.Tensor, plain_q_BTHD: torch.Tensor | None) -> torch.Tensor:
+            return self.attend(*self._heads(record_BTN, plain_q_BTHD, layout), layout)
 
         # Of what happens in there, attention's result alone is kept for the backward pass, beside what goes in.
         contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
         o_BTHE = checkpoint(
             from_factors,
-            plain_q_BTHD,
-            *factors.values(),
+            self._record(x_BTC),
+            self._plain_q_or_none(x_BTC, layout),
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=contexts,
