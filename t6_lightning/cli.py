@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
 from datamodules.base import TokenData
@@ -44,6 +45,19 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data deals itself out to ranks
+}
+
+
+class TrainingProfiler(PyTorchProfiler):
+    """PyTorch's profiler over three micro-batches of training: Lightning's table is of validation, the last to come."""
+
+    STEP_FUNCTIONS: ClassVar = {"training_step"}
+
+
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": TrainingProfiler,
 }
 
 MACHINE = ("trainer.devices", "trainer.num_nodes")
@@ -169,9 +183,11 @@ class T6CLI(LightningCLI):
                 self.checkpoints,
             ]
             config["logger"] = [self.tracking, *_as_list(config["logger"])]
+            config["profiler"] = _profiler(config["profiler"])
         else:
             callbacks = []
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+            config["profiler"] = None  # a run's configuration may have one, of its training
         return parallel.build_trainer(
             lambda config: self._instantiate_trainer(config, callbacks), config, self.checkpoints.sharded
         )
@@ -183,6 +199,18 @@ class T6CLI(LightningCLI):
         for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
             config.pop(name, None)
         return self.parser.dump(config, skip_none=False)
+
+
+def _profiler(chosen: Profiler | str | None) -> Profiler | None:
+    """The profiler, set to write its table into the run's folder: Lightning would log it where nobody looks."""
+    if isinstance(chosen, str):
+        if chosen not in PROFILERS:
+            names = ", ".join(PROFILERS)
+            raise BadInput(f"trainer.profiler={chosen!r} is not possible: choose one of {names}, or a class")
+        chosen = PROFILERS[chosen]()
+    if chosen is not None and not chosen.filename:
+        chosen.filename = "profile"
+    return chosen
 
 
 def _as_list(value: Any) -> list[Any]:

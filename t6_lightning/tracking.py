@@ -51,6 +51,11 @@ class MLflowTracking(Logger):
         return self._run_id
 
     @property
+    def save_dir(self) -> str | None:
+        """The run's folder: where Lightning puts what it writes itself, such as a profiler's table."""
+        return None if self.run_folder is None else str(self.run_folder.path)
+
+    @property
     @rank_zero_experiment
     def experiment(self) -> "MlflowClient":
         """The client, once `connect` has reached the store."""

@@ -117,8 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization", "")
         if authorization:
             self.server.tokens.add(authorization.removeprefix("Bearer "))
-        api = parts[:2] == ["api", "datasets"]
-        name, rest = ("/".join(parts[2:4]), parts[4:]) if api else ("/".join(parts[1:3]), parts[3:])
+        api = (
+            parts[0] == "api"
+        )  # api/datasets/OWNER/NAME/..., api/models/NAME/..., datasets/OWNER/NAME/..., NAME/...
+        place = parts[2:] if api else parts[1:] if parts[0] == "datasets" else parts
+        length = 1 if place[0] in self.server.repositories else 2
+        name, rest = "/".join(place[:length]), place[length:]
         repository = self.server.repositories.get(name)
         if authorization.endswith("bad"):
             return self.refuse(401, "", "Invalid credentials in Authorization header")

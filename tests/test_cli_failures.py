@@ -33,6 +33,7 @@ from t6_lightning.runs import RunFolder
             ["--cadence.tokens_per_step", "1000"],
             "cadence.tokens_per_step=1000 is not possible: it must be a multiple",
         ),
+        (["--trainer.profiler", "torch"], "trainer.profiler='torch' is not possible: choose one of simple,"),
         (["--trainer.max_steps", "0"], "trainer.max_steps=0 is not possible"),
         (
             ["--checkpoints.keep", "0"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import fit, run
 
 from t6_lightning import checkpoint_files
 from t6_lightning.__main__ import main
@@ -124,3 +124,11 @@ def test_validate_and_predict_find_the_configuration_of_the_run(home: Path, trai
     written = np.load(RunFolder("trained").path / "predictions.npz")
     counted = written["targets"] != -100
     assert written["nll"][counted].mean() == pytest.approx(summary["val/loss"], rel=1e-5)
+
+
+def test_a_profilers_table_of_training_is_in_the_run_folder(home: Path) -> None:
+    done = fit("profiled", "--trainer.profiler", "pytorch", "--trainer.max_steps", "3")
+    assert done.returncode == 0, done.stderr
+    table = (RunFolder("profiled").path / "fit-profile.txt").read_text()
+    assert "run_training_batch" in table
+    assert "validation" not in table

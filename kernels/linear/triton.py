@@ -20,9 +20,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 OVERLAP = not INTERPRETED
 ROWS = 16
-WARPS = 8
+# With the numbers of outputs below the fastest or close to it of 51 launches, for the layers of the medium model
+# (H100): 2.9, 5.0 and 8.5 µs, where cuBLAS takes 4.8, 9.7 with the residual, and 16.3 with norm and SwiGLU.
+WARPS = 4
 # Inputs of a slice at a time.
 CHUNK = 64
+STAGES = 4
 
 
 @triton.jit
@@ -118,13 +121,13 @@ def linear(
     N = len(weight_NK)
     # Rows begin at multiples of 16 bytes, for the next layer's loads.
     y_BN = torch.empty((B, -(-N // 8) * 8), dtype=x_BK.dtype, device=x_BK.device)[:, :N]
-    # Programs for every multiprocessor, where there are enough outputs.
-    J = 8 if N < 3000 and gate_NK is None else 16
+    # The more inputs, the fewer outputs: a program does not take long, and all multiprocessors have some.
+    J = 32 if gate_NK is not None else 16 if K < 2048 else 8
     _linear[(triton.cdiv(N, J), triton.cdiv(B, ROWS))](
         x_BK, weight_NK, weight_NK if gate_NK is None else gate_NK, x_BK if residual_BN is None else residual_BN, y_BN,
         B, x_BK.stride(0), 0 if residual_BN is None else residual_BN.stride(0), y_BN.stride(0), N, norm_eps or 0.0,
         K=K, J=J, S=WARPS, CHUNK=CHUNK, ROWS=ROWS, NORM=norm_eps is not None, GATED=gate_NK is not None,
-        RESIDUAL=residual_BN is not None, UPCAST=INTERPRETED, OVERLAP=OVERLAP, STAGES=3,
+        RESIDUAL=residual_BN is not None, UPCAST=INTERPRETED, OVERLAP=OVERLAP, STAGES=STAGES,
         num_warps=WARPS, **({"launch_pdl": True} if OVERLAP else {}),
     )  # fmt: skip
     return y_BN

@@ -17,7 +17,7 @@ from t6_lightning.model.init import init_output_
 from t6_lightning.model.norm import NORM_EPS, rms_norm
 
 ALIGNMENT = 64
-"""Numbers. In training on a GPU the hidden size (2,730 at a width of 1,024) is rounded up to this, 128 bytes."""
+"""Numbers. On a GPU the hidden size (2,730 at a width of 1,024) is rounded up to this, 128 bytes."""
 
 
 class SwiGLU(nn.Module):
@@ -28,6 +28,15 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(d_model, hidden, bias=False)
         self.up = nn.Linear(d_model, hidden, bias=False)
         self.down = nn.Linear(hidden, d_model, bias=False)
+        self._frozen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def freeze(self) -> None:
+        """Weights do not change until `thaw`: on a GPU their aligned copies are made once, if they need any."""
+        if self.gate.weight.is_cuda and len(self.gate.weight) % ALIGNMENT:
+            self._frozen = self._padded()
+
+    def thaw(self) -> None:
+        self._frozen = None
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         if x_BTC.is_cuda and torch.is_grad_enabled():
@@ -36,16 +45,21 @@ class SwiGLU(nn.Module):
 
     def add_to(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """x + SwiGLU(norm(x)), in as few launches as there can be: for decoding."""
-        hidden = linear(x_BTC, self.up.weight, gate_NK=self.gate.weight, norm_eps=NORM_EPS)
-        return linear(hidden, self.down.weight, residual=x_BTC)
+        gate, up, down = self._frozen or (self.gate.weight, self.up.weight, self.down.weight)
+        hidden = linear(x_BTC, up, gate_NK=gate, norm_eps=NORM_EPS)
+        return linear(hidden, down, residual=x_BTC)
+
+    def _padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weights with zeros as further hidden features, which add nothing."""
+        missing = -len(self.gate.weight) % ALIGNMENT
+        gate, up = (F.pad(layer.weight, (0, 0, 0, missing)) for layer in (self.gate, self.up))
+        return gate, up, F.pad(self.down.weight, (0, missing))
 
     def _aligned(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """The same with zeros as further hidden features, which add nothing, and one product for gate and up."""
-        gate, up, down = self.gate.weight, self.up.weight, self.down.weight
-        missing = -len(gate) % ALIGNMENT
-        first = torch.cat([F.pad(weight, (0, 0, 0, missing)) for weight in (gate, up)])
-        gate_BTF, up_BTF = F.linear(x_BTC, first).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_BTF) * up_BTF, F.pad(down, (0, missing)))
+        """The same with padded weights, and one product for gate and up."""
+        gate, up, down = self._padded()
+        gate_BTF, up_BTF = F.linear(x_BTC, torch.cat((gate, up))).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_BTF) * up_BTF, down)
 
 
 def dropout(probability: float) -> nn.Module:

@@ -17,7 +17,7 @@ from kernels.attention import offsets, takes_documents
 from kernels.dispatch import product_dtype
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from t6_lightning.model.attention import AttentionLayer, Keys, Layout
-from t6_lightning.model.block import Block, dropout
+from t6_lightning.model.block import Block, SwiGLU, dropout
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.norm import rms_norm
@@ -121,7 +121,7 @@ class T6(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Weights do not change meanwhile: what layers make of them alone is made once."""
-        layers = [module for module in self.modules() if isinstance(module, AttentionLayer)]
+        layers = [module for module in self.modules() if isinstance(module, AttentionLayer | SwiGLU)]
         for layer in layers:
             layer.freeze()
         try:
