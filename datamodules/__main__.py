@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import BadData, reason_in
@@ -21,6 +22,17 @@ from datamodules.home import t6_home
 
 if TYPE_CHECKING:
     from datamodules.base import TokenData
+
+
+SETTINGS = ("tokenizer", "vocab_size", "context", "val_tokens")
+SETTINGS_OF_FILES = (
+    "exclude",
+    "val_files",
+    "val_fraction",
+    "text_field",
+    "domain_field",
+    "txt_documents",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,24 +117,24 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
 
 
 def corpus_of(options: argparse.Namespace) -> "TokenData":
+    """The data module that was asked for. BadData for settings of another one."""
+    of_any, of_files = (
+        {name: getattr(options, name) for name in names if hasattr(options, name)}
+        for names in (SETTINGS, SETTINGS_OF_FILES)
+    )
     if options.data or options.config:
+        for name in (*of_any, *of_files):
+            raise BadData(f"--{name}: beside --data or --config it is --data.{name}.")
         return configured_corpus(options)
     from datamodules.corpora import PythonDocs, TextFiles
 
-    common: dict[str, Any] = {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
-    common |= {"context": options.context, "val_tokens": options.val_tokens}
     if not options.files:
-        return PythonDocs(**common)
-    return TextFiles(
-        options.files,
-        exclude=options.exclude,
-        val_files=dict(_named(value) for value in options.val_files),
-        val_fraction=options.val_fraction,
-        text_field=options.text_field,
-        domain_field=options.domain_field,
-        txt_documents=options.txt_documents,
-        **common,
-    )
+        for name in of_files:
+            raise BadData(f"--{name}: it belongs to --files, which is missing.")
+        return PythonDocs(**of_any)
+    if "val_files" in of_files:
+        of_files["val_files"] = dict(_named(value) for value in of_files["val_files"])
+    return TextFiles(options.files, **of_files, **of_any)
 
 
 def print_counts(data: "TokenData") -> None:
@@ -238,18 +250,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--tokens", type=_count, default=0 if name == "prepare" else 4_000_000, help="of a stream to read"
         )
-        command.add_argument(
-            "--exclude", nargs="+", default=[], metavar="GLOB", help="file names to leave out"
-        )
-        command.add_argument("--val_files", nargs="+", default=[], metavar="DOMAIN=PATH")
-        command.add_argument("--val_fraction", type=float, default=0.01)
-        command.add_argument("--text_field", default="text")
-        command.add_argument("--domain_field")
-        command.add_argument("--txt_documents", default="file", choices=("file", "line", "paragraph"))
-        command.add_argument("--tokenizer", default="bpe", help="bpe, bytes, a folder or a hub name")
-        command.add_argument("--vocab_size", type=int, default=8192, help="of bpe")
-        command.add_argument("--context", type=int, default=512)
-        command.add_argument("--val_tokens", type=int, help="at most so many per domain")
+        # What is not given is left to the data module.
+        setting = partial(command.add_argument, default=argparse.SUPPRESS)
+        setting("--exclude", nargs="+", metavar="GLOB", help="file names to leave out")
+        setting("--val_files", nargs="+", metavar="DOMAIN=PATH")
+        setting("--val_fraction", type=float)
+        setting("--text_field")
+        setting("--domain_field")
+        setting("--txt_documents", choices=("file", "line", "paragraph"))
+        setting("--tokenizer", help="bpe, bytes, a folder or a hub name")
+        setting("--vocab_size", type=int, help="of bpe")
+        setting("--context", type=int)
+        setting("--val_tokens", type=int, help="at most so many per domain")
         if name == "inspect":
             command.add_argument("--samples", type=int, default=3, help="documents to show")
             command.add_argument("--no_throughput", action="store_true", help="do not measure")

@@ -38,6 +38,8 @@ def find_files(
         raise BadData(f"{field}: the list is empty; name at least one file, folder or glob.")
     found: set[Path] = set()
     for pattern in patterns:
+        if not str(pattern):
+            raise BadData(f"{field}: '' is no path; name a file, a folder or a glob.")
         path = Path(pattern).expanduser()
         if path.is_file():
             builder_of(path)

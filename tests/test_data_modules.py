@@ -219,6 +219,22 @@ def test_command_line(files, tmp_path, capsys):
     assert capsys.readouterr().err.strip().endswith("none.jsonl' does not exist.")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--data", "PythonDocs", "--tokenizer", "bytes"],
+            "--tokenizer: beside --data or --config it is --data.tokenizer.",
+        ),
+        (["--val_fraction", "0.1"], "--val_fraction: it belongs to --files, which is missing."),
+        (["--files", ""], "files: '' is no path; name a file, a folder or a glob."),
+    ],
+)
+def test_settings_of_another_corpus_are_refused(home, arguments, sentence, capsys):
+    assert main(["inspect", *arguments]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {sentence}"
+
+
 def test_importing_the_package_is_light():
     code = (
         "import sys, datamodules, datamodules.text_files, datamodules.tokenizer, datamodules.token_cache\n"
