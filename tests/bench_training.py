@@ -3,9 +3,9 @@
     python tests/bench_training.py --preset paper/medium-tpa --strategies one ddp fsdp2 --costs 16384 -- FIT OPTIONS
 
 Per strategy ("one" is one device, the others take all): median and quartiles of the logged speeds of a
-run, and the share of its time in which a rank's host waited for data. Then, with --costs, on one device: seconds from
-the start of the command to the end of the first step, fresh and resumed, and how long training is held up by a
-checkpoint, from the times at which steps were logged.
+run, and the share of its time in which a rank waited for data. Then, with --costs, on one device: how long training is
+held up by a checkpoint, from the times at which steps were logged, and seconds from the start of the command to the
+end of the first step, fresh and resumed. No run is waited for beyond the step that matters.
 """
 
 from __future__ import annotations
@@ -24,21 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHECKPOINT_EVERY, STEPS, TURNS = 10, 30, 3
-
-
-def fit(run: str, arguments: list[str]) -> float:
-    """Run a training to its end; the time (seconds since the epoch) at which it was started."""
-    started = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "t6_lightning", "fit", "--run", run, *arguments],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{run}: exit code {done.returncode}\n{done.stderr}")
-    print(f"  {run}: {time.time() - started:.0f} s", file=sys.stderr)
-    return started
+CHECKPOINT_EVERY, STEPS = 10, 30
 
 
 def logged(home: Path, run: str, key: str) -> dict[int, tuple[float, float]]:
@@ -99,18 +85,13 @@ def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> flo
             process.wait()
 
 
-def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, Any]:
-    """Seconds to the first step, fresh and resumed in turns, and what a checkpoint takes from training."""
+def costs(home: Path, options: list[str], tokens_per_step: int, turns: int) -> dict[str, Any]:
+    """What a checkpoint takes from training; seconds to the first step, fresh and resumed in turns."""
     options = [*options, "--trainer.devices", "1", "--cadence.log_every_steps", "1"]
-    options += ["--cadence.tokens_per_step", str(tokens_per_step)]
+    options += ["--cadence.tokens_per_step", str(tokens_per_step), "--trainer.max_steps", str(2 * STEPS)]
     options += ["--checkpoints.every_tokens", str(CHECKPOINT_EVERY * tokens_per_step)]
-    fit("costs", [*options, "--trainer.max_steps", str(STEPS)])
+    until_step(home, "costs", options, STEPS)
     times = {step: at for step, (_, at) in logged(home, "costs", "train/loss").items()}
-    more = [*options, "--trainer.max_steps", str(STEPS + 10)]
-    pairs = [
-        (until_step(home, f"fresh-{turn}", more), until_step(home, "costs", [*more, "--ckpt_path", "last"]))
-        for turn in range(TURNS)
-    ]
     gaps = {step: times[step] - times[step - 1] for step in range(3, STEPS)}
     usual = statistics.median(gaps.values())
     # From each checkpoint to the next: copying holds training up, writing may slow it down.
@@ -120,14 +101,21 @@ def costs(home: Path, options: list[str], tokens_per_step: int) -> dict[str, Any
     ]
     lost = [sum(gaps[step] - usual for step in span) for span in spans]
     files = [f for f in (home / "runs" / "costs" / "checkpoints").iterdir() if f.is_file()]
-    return {
-        "first_step_fresh_and_resumed": pairs,
-        "resume_costs": statistics.median(resumed - fresh for fresh, resumed in pairs),
+    figures: dict[str, Any] = {
         "usual_step": usual,
         "step_after_checkpoint": max(gaps[span[0]] for span in spans),
         "lost_per_checkpoint": max(lost),
         "checkpoint_bytes": max(f.stat().st_size for f in files),
     }
+    if turns:
+        resumed = [*options, "--ckpt_path", "last"]
+        pairs = [
+            (until_step(home, f"fresh-{turn}", options), until_step(home, "costs", resumed))
+            for turn in range(turns)
+        ]
+        figures["first_step_fresh_and_resumed"] = pairs
+        figures["resume_costs"] = statistics.median(late - fresh for fresh, late in pairs)
+    return figures
 
 
 def main() -> None:
@@ -140,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens_per_step", type=int, default=131072)
     parser.add_argument("--costs", type=int, metavar="TOKENS", help="tokens of a step in the run for costs")
+    parser.add_argument("--turns", type=int, default=3, help="of fresh and resumed starts (default 3)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("fit_options", nargs="*", help="after --")
     options = parser.parse_args()
@@ -151,7 +140,7 @@ def main() -> None:
         figures[name] = speed(home, name, shared + of_step, options.steps)
         print(name, json.dumps(figures[name]), flush=True)
     if options.costs:
-        figures["costs"] = costs(home, shared, options.costs)
+        figures["costs"] = costs(home, shared, options.costs, options.turns)
         print("costs", json.dumps(figures["costs"]), flush=True)
     figures["environment"] = json.loads(next((home / "runs").glob("*/environment.json")).read_text())
     if options.json:

@@ -20,6 +20,7 @@ TINY = {
     "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
     "contract": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
     "attention": ["--batch", "1", "--context", "33", "--heads", "6", "--head-dim", "8", "--kv-heads", "2"],
+    "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
     "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
 }
 QUICK = ["--seconds", "0", "--device", "cpu"]
@@ -54,6 +55,15 @@ def test_json_on_standard_output(operation, backends, capsys):
     result = json.loads(capsys.readouterr().out)
     check(result, operation, backends)
     assert {row["mode"] for row in result["rows"]} == {"forward", "forward+backward"}
+
+
+def test_linear_layers_of_few_rows(capsys):
+    assert main(["linear", *TINY["linear"], *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, "linear", {"plain", "plain, residual", "plain, norm and SwiGLU"})
+    # The weight, 3 rows in and 3 rows out, 4 bytes each; the residual; a second weight.
+    alone = 4 * (24 * 40 + 3 * 24 + 3 * 40)
+    assert [row["least_bytes"] for row in result["rows"]] == [alone, alone + 4 * 3 * 40, alone + 4 * 24 * 40]
 
 
 def test_the_papers_sizes(capsys, monkeypatch):

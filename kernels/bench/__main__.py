@@ -26,6 +26,10 @@ OPERATIONS: dict[str, tuple[str, dict[str, str]]] = {
         "causal attention over full keys and values",
         {**BATCH, "context": "tokens per sequence", **HEADS, "kv-heads": "heads of keys and values"},
     ),
+    "linear": (
+        "a linear layer of a few rows, alone and with what stands around it in decoding",
+        {"batch": "rows", "inputs": "features of a row", "outputs": "features of the result"},
+    ),
     "loss": (
         "linear layer and cross-entropy",
         {**BATCH, "context": "tokens per sequence", "d-model": "hidden size", "vocabulary": "classes"},

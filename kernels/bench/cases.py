@@ -17,7 +17,9 @@ from kernels import contract as contraction
 from kernels.attention import attention, offsets
 from kernels.bench.others import Reference
 from kernels.contract import contract
-from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode
+from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode, is_hopper
+from kernels.linear import MOST_ROWS, linear
+from kernels.linear import TRITON_DTYPES as HALVES
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.rope import rotate
 
@@ -28,18 +30,21 @@ CPU_SIZES: dict[str, Sizes] = {
     "decode": {"batch": 1, "context": 4096, "queries": 1, "heads": 34, "head_dim": 64, "rank": 2},
     "contract": {"batch": 1, "context": 1024, "heads": 34, "head_dim": 64, "rank": 6},
     "attention": {"batch": 1, "context": 512, "heads": 34, "head_dim": 64, "kv_heads": 34},
+    "linear": {"batch": 16, "inputs": 1024, "outputs": 1024},
     "loss": {"batch": 2, "context": 512, "d_model": 128, "vocabulary": 8192},
 }
 GPU_SIZES: dict[str, Sizes] = {
     "decode": {"batch": 16, "context": 32768, "queries": 1, "heads": 47, "head_dim": 64, "rank": 2},
     "contract": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "rank": 6},
     "attention": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "kv_heads": 47},
+    "linear": {"batch": 16, "inputs": 1024, "outputs": 2752},
     "loss": {"batch": 16, "context": 1024, "d_model": 1024, "vocabulary": 50304},
 }
 
 
 MOST_PLAIN_WEIGHT_BYTES = 6 * 2**30
 PAPER_HEADS = {768: 34, 1024: 47, 1280: 61, 1600: 78}  # by d_model
+FFN_WIDTHS = {768: 2048, 1024: 2752, 1280: 3456, 1600: 4288}  # 8/3 of d_model, rounded up to 64
 PAPER_SIZES: dict[str, list[dict[str, int | None]]] = {
     "contract": [
         {"batch": 16, "context": 1024, "heads": heads, "head_dim": 64, "rank": rank}
@@ -50,6 +55,17 @@ PAPER_SIZES: dict[str, list[dict[str, int | None]]] = {
         {"batch": 16384 // context, "context": context, "heads": heads, "head_dim": 64, "kv_heads": None}
         for heads in PAPER_HEADS.values()
         for context in (1024, 2048)
+    ],
+    # What decoding of 16 rows multiplies: factors (ranks 6, 2 and 2), the output matrix, gate and up, down.
+    "linear": [
+        {"batch": 16, "inputs": inputs, "outputs": outputs}
+        for d_model, heads in PAPER_HEADS.items()
+        for inputs, outputs in (
+            (d_model, 10 * (heads + 64)),
+            (64 * heads, d_model),
+            (d_model, FFN_WIDTHS[d_model]),
+            (FFN_WIDTHS[d_model], d_model),
+        )
     ],
     "loss": [
         {"batch": 16, "context": 1024, "d_model": d_model, "vocabulary": 50304} for d_model in PAPER_HEADS
@@ -196,6 +212,26 @@ def attention_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     return [*rows("sdpa"), *(rows("plain") if plain_fits else []), *on_gpu]
 
 
+def linear_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    B, K, N = (sizes[name] for name in ("batch", "inputs", "outputs"))
+    x, residual = torch.randn(B, K, dtype=dtype), torch.randn(B, N, dtype=dtype)
+    weight, gate = ((torch.randn(N, K) * K**-0.5).to(dtype) for _ in range(2))
+    around = {
+        "": {},
+        ", residual": {"residual": residual},
+        ", norm and SwiGLU": {"gate_NK": gate, "norm_eps": 1e-5},
+    }
+
+    def row(backend: str, name: str, more: dict[str, Any]) -> Row:
+        run = _without_gradients(lambda: linear(x, weight, backend=backend, **more))
+        read = [weight, x, *(part for part in more.values() if isinstance(part, torch.Tensor))]
+        return Row(backend + name, "forward", run, _bytes(*read) + _bytes(residual))
+
+    with_triton = x.is_cuda and TRITON_IS_INSTALLED and is_hopper() and B <= MOST_ROWS and dtype in HALVES
+    backends = ("plain", "triton") if with_triton else ("plain",)
+    return [row(backend, name, more) for name, more in around.items() for backend in backends]
+
+
 def loss_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     N, C, V = sizes["batch"] * sizes["context"], sizes["d_model"], sizes["vocabulary"]
     x = torch.randn(N, C, dtype=dtype, requires_grad=True)
@@ -226,6 +262,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.dtype], list[Row]]] = {
     "decode": decode_rows,
     "contract": contract_rows,
     "attention": attention_rows,
+    "linear": linear_rows,
     "loss": loss_rows,
 }
 
