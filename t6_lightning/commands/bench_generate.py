@@ -148,11 +148,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to time (default 64)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile one block and reuse it (default: on a GPU)",
-    )
+    parser.add_argument("--compile", action="store_true", help="compile blocks, which `generate` does not")
     parser.add_profile()
     parser.add_json()
     options = parser.parse_args(arguments[1:])
@@ -171,7 +167,6 @@ def main(arguments: list[str]) -> int:
     )
     check_files(options, "profile", "json")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options.compile = device.type == "cuda" if options.compile is None else options.compile
     bandwidth = copy_bandwidth(device)
     rows = []
     for name in options.presets:
