@@ -91,7 +91,7 @@ def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
     with signals.raised_at_once():
         cli.datamodule.prepare_data()
         cli.model.check_tokenizer(cli.datamodule)
-    cli.tracking.connect()
+        cli.tracking.connect()
     return folder.name, checkpoint
 
 
@@ -196,7 +196,14 @@ def _changes(folder: RunFolder, cli: T6CLI) -> list[str]:
 
 
 NO_PART_OF_WHAT_IS_COMPUTED = (
-    *("tracking.", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *(
+        "tracking.",
+        "trainer.profiler",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.strategy",
+    ),
     *("data.init_args.num_workers", "data.init_args.batch_size", "checkpoints.keep"),
     *("checkpoints.asynchronous", "checkpoints.sharded"),
     *("model.recompute", "model.compile"),

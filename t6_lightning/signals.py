@@ -44,7 +44,7 @@ class Signals:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Note SIGTERM and SIGUSR1 instead of ending by them."""
-        self.noted = 0
+        self.noted, self._raised_at_once = 0, False
         previous = {signum: signal.signal(signum, self.note) for signum in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield

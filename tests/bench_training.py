@@ -5,7 +5,7 @@
 Per strategy ("one" is one device, the others take all): median and quartiles of the logged speeds of a
 run, and the share of its time in which a rank waited for data. Then, with --costs, on one device: how long training is
 held up by a checkpoint, from the times at which steps were logged, and seconds from the start of the command to the
-end of the first step, fresh and resumed. No run is waited for beyond the step that matters.
+end of the first step, fresh and resumed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,16 @@ def speed(home: Path, name: str, options: list[str], steps: int) -> dict[str, An
     }
 
 
-def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> float:
-    """Seconds from the start of a run to its first logged step from `step` on; it is killed then."""
+def fit(run: str, arguments: list[str]) -> None:
+    """Run a training to its end."""
+    command = [sys.executable, "-m", "t6_lightning", "fit", "--run", run, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{run}: exit code {done.returncode}\n{done.stderr}")
+
+
+def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> tuple[float, int]:
+    """Seconds from the start of a run to its first logged step from `step` on, and that step; it is killed then."""
     started = time.time()
     command = [sys.executable, "-m", "t6_lightning", "fit", "--run", run, *arguments]
     with tempfile.TemporaryFile("w+") as errors:
@@ -76,9 +84,9 @@ def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> flo
                     )
                 with contextlib.suppress(FileNotFoundError, KeyError, sqlite3.OperationalError):
                     found = logged(home, run, "train/loss").items()
-                    times = [at for logged_step, (_, at) in found if at > started and logged_step >= step]
-                    if times:
-                        return times[0] - started
+                    new = [(at, at_step) for at_step, (_, at) in found if at > started and at_step >= step]
+                    if new:
+                        return new[0][0] - started, new[0][1]
                 time.sleep(0.05)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -88,9 +96,9 @@ def until_step(home: Path, run: str, arguments: list[str], step: int = 0) -> flo
 def costs(home: Path, options: list[str], tokens_per_step: int, turns: int) -> dict[str, Any]:
     """What a checkpoint takes from training; seconds to the first step, fresh and resumed in turns."""
     options = [*options, "--trainer.devices", "1", "--cadence.log_every_steps", "1"]
-    options += ["--cadence.tokens_per_step", str(tokens_per_step), "--trainer.max_steps", str(2 * STEPS)]
+    options += ["--cadence.tokens_per_step", str(tokens_per_step)]
     options += ["--checkpoints.every_tokens", str(CHECKPOINT_EVERY * tokens_per_step)]
-    until_step(home, "costs", options, STEPS)
+    fit("costs", [*options, "--trainer.max_steps", str(STEPS)])
     times = {step: at for step, (_, at) in logged(home, "costs", "train/loss").items()}
     gaps = {step: times[step] - times[step - 1] for step in range(3, STEPS)}
     usual = statistics.median(gaps.values())
@@ -108,11 +116,13 @@ def costs(home: Path, options: list[str], tokens_per_step: int, turns: int) -> d
         "checkpoint_bytes": max(f.stat().st_size for f in files),
     }
     if turns:
-        resumed = [*options, "--ckpt_path", "last"]
-        pairs = [
-            (until_step(home, f"fresh-{turn}", options), until_step(home, "costs", resumed))
-            for turn in range(turns)
-        ]
+        longer = [*options, "--trainer.max_steps", str(2 * STEPS)]
+        pairs = []
+        for turn in range(turns):
+            fresh, _ = until_step(home, f"fresh-{turn}", longer)
+            resumed, step = until_step(home, "costs", [*longer, "--ckpt_path", "last"])
+            # A step that an earlier turn has logged is not logged again.
+            pairs.append((fresh, resumed - (step - STEPS - 1) * usual))
         figures["first_step_fresh_and_resumed"] = pairs
         figures["resume_costs"] = statistics.median(late - fresh for fresh, late in pairs)
     return figures

@@ -120,9 +120,10 @@ def qkv(backend: str, turn: tuple[torch.Tensor, torch.Tensor]):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_queries_keys_and_values_of_one_record(dtype):
-    record = torch.randn(2, 3, RECORD, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    turn = tables(3, 16)
+@pytest.mark.parametrize(("B", "T"), [(2, 3), (3, 1), (1, 1)])
+def test_queries_keys_and_values_of_one_record(B, T, dtype):
+    record = torch.randn(B, T, RECORD, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    turn = tables(T, 16)
     assert_matches(qkv("triton", turn), qkv("plain", turn), {"record": record}, dtype)
 
 

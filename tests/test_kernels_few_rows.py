@@ -29,6 +29,27 @@ def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "plain"])
+@pytest.mark.parametrize(
+    "shapes", [((4, 8), (5, 6), None), ((4, 8), (5, 8), (5,)), ((4, 8), (5, 8), (1, 5))], ids=str
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, backend):
+    x, weight = (random(torch.float16, *shape) for shape in shapes[:2])
+    residual = None if shapes[2] is None else random(torch.float16, *shapes[2])
+    with pytest.raises(ValueError, match=r"x \(4, 8\), weight .* allowed: x \(..., K\)"):
+        linear(x, weight, residual=residual, backend=backend)
+
+
+def test_one_row_and_rows_that_lie_across():
+    weight = random(torch.float16, 5, 8)
+    got = linear(random(torch.float16, 8), weight, backend="triton")
+    assert_close(got, linear(random(torch.float16, 8).double(), weight.double()), torch.float16)
+    across = random(torch.float16, 8, 4).t()
+    with pytest.raises(ValueError, match="side by side"):
+        linear(across, weight, backend="triton")
+    assert linear(across, weight).shape == (4, 5)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("B", "K", "N"), [(1, 8, 8), (16, 600, 37), (17, 1025, 21), (3, 64, 130)])
 @pytest.mark.parametrize(

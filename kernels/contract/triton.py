@@ -187,7 +187,10 @@ def _backward(
 
 
 def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
-    """The fastest or close to it for 34, 47, 61 and 78 heads, ranks 2 and 6 (H100, bfloat16, D = 64)."""
+    """The fastest or close to it for 34, 47, 61 and 78 heads (H100, bfloat16, D = 64).
+
+    Ranks 2 and 6; backward rank 2 at 47 and 61 heads alone.
+    """
     if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
         return Launch(heads=16, warps=4)
     return Launch(heads=32, warps=1) if backward else Launch(heads=64, warps=4)
@@ -277,12 +280,14 @@ def backward_into(
     D = b_BTRD.shape[-1]
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
     heads, warps = launch or choose_launch(D, a.dtype, True)
+    # One token has no next one: what torch calls that stride means nothing.
+    d_a_token, d_b_token = (x.stride(1) if T > 1 else x.stride(0) for x in (d_a_BTRH, d_b_BTRD))
     if d_out.numel():
         _backward[(B * T,)](
             d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
             d_a_BTRH, d_b_BTRD,
             T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            d_a_BTRH.stride(1), d_b_BTRD.stride(1),
+            d_a_token, d_b_token,
             A_PAD=pads[0], B_PAD=pads[1], MOST_PAD=triton.next_power_of_2(max(pads)) if max(pads) else 0,
             **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
         )  # fmt: skip

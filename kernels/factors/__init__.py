@@ -39,8 +39,6 @@ def query_and_key(
     """
     tensors = (a_q_BTRH, b_q_BTRD, b_k_BTSD)
     why_not = _why_not_triton(tensors, (*queries, *keys))
-    if backend == "auto" and why_not:
-        return plain.query_and_key(*tensors, queries, keys, pairing)
     run = choose(
         "query_and_key",
         backend,

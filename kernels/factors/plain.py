@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.contract import contract
+from kernels.contract.plain import contract
 from kernels.rope import rotate
 
 
@@ -15,4 +15,4 @@ def query_and_key(
     pairing: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.factors.query_and_key`."""
-    return contract(a_q_BTRH, rotate(b_q_BTRD, *queries, pairing)), rotate(b_k_BTSD, *keys, pairing)
+    return contract(a_q_BTRH, b_q_BTRD, *queries, pairing), rotate(b_k_BTSD, *keys, pairing)

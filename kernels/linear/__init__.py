@@ -33,11 +33,12 @@ def linear(
     residual   (..., N), added at the end
     norm_eps   n is RMSNorm over K without a weight, with this eps; None for none
     backend    "auto", "triton" or "plain"
-    returns    (..., N) in x's dtype
+    returns    (..., N) in x's dtype; in autocast's inside autocast, and as wide as the residual
 
     "triton" takes up to 32 rows in half precision on an H100 or later, for decoding; it has no backward pass.
-    Raises ValueError for a backend that is unknown or cannot run.
+    Raises ValueError for shapes that do not fit, and for a backend that is unknown or cannot run.
     """
+    _check_shapes(x, weight_NK, gate_NK, residual)
     why_not = _why_not_triton(x, weight_NK, gate_NK, residual)
     candidates = {"triton": _triton, "plain": plain.linear}
     run = choose("linear", backend, candidates, {"triton": why_not} if why_not else None)
@@ -50,7 +51,19 @@ def _triton(x, weight_NK, gate_NK, residual, norm_eps) -> torch.Tensor:
 
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    return triton.linear(rows, weight_NK, gate_NK, added, norm_eps).unflatten(0, x.shape[:-1])
+    return triton.linear(rows, weight_NK, gate_NK, added, norm_eps).reshape(*x.shape[:-1], -1)
+
+
+def _check_shapes(
+    x: torch.Tensor, weight_NK: torch.Tensor, gate_NK: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    fits = weight_NK.dim() == 2 and x.shape[-1:] == weight_NK.shape[1:]
+    fits = fits and (gate_NK is None or gate_NK.shape == weight_NK.shape)
+    fits = fits and (residual is None or residual.shape == (*x.shape[:-1], len(weight_NK)))
+    if not fits:
+        shapes = {"x": x, "weight": weight_NK, "gate": gate_NK, "residual": residual}
+        said = ", ".join(f"{name} {tuple(part.shape)}" for name, part in shapes.items() if part is not None)
+        raise ValueError(f"linear: {said}; allowed: x (..., K), weight and gate (N, K), residual (..., N)")
 
 
 def _why_not_triton(
@@ -76,4 +89,6 @@ def _why_not_triton(
         return "it has no backward pass"
     if any(not part.is_contiguous() for part in (weight_NK, gate_NK) if part is not None):
         return "weights must be contiguous"
+    if any(part.stride(-1) != 1 for part in (x, residual) if part is not None):
+        return "the features of x and of the residual must lie side by side"
     return None

@@ -163,6 +163,9 @@ class Checkpoints(Checkpoint):
             raise Interrupted(signum)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go_of_sigint()
+
+    def _let_go_of_sigint(self) -> None:
         if self._handler_of_sigint is not None:
             signal.signal(signal.SIGINT, self._handler_of_sigint)
             self._handler_of_sigint = None
@@ -226,6 +229,7 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._let_go_of_sigint()  # teardown comes after what ended well alone
         self.io.wait()
 
     def last_regular(self, before: int) -> Path | None:

@@ -62,8 +62,7 @@ class Monitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._started is None:
-            self._started = time.perf_counter()
-            self._waited_before = _seconds_waited(trainer)
+            self._start_clock(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,6 +105,8 @@ class Monitor(pl.Callback):
             self.latest["perf/mfu"] = speed * module.config.training_flops() / (peak * trainer.world_size)
         self.tracking.log_metrics(self.latest, step=trainer.global_step)
         self._seconds, self._waited, self._tokens = 0.0, 0.0, 0
+        # Not at the next batch's start: it is waited for, too.
+        self._start_clock(trainer)
 
     def check_finite(self) -> None:
         """Stop at a loss or gradient that was not finite.
@@ -129,6 +130,10 @@ class Monitor(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         self.check_finite()  # a checkpoint of broken weights is worse than none
         self._pause_clock(pl_module)
+
+    def _start_clock(self, trainer: pl.Trainer) -> None:
+        self._started = time.perf_counter()
+        self._waited_before = _seconds_waited(trainer)
 
     def _pause_clock(self, module: pl.LightningModule) -> None:
         """Stop counting until the next training batch starts."""

@@ -43,11 +43,11 @@ class SwiGLU(nn.Module):
             return self._aligned(x_BTC)
         return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
 
-    def add_to(self, x_BTC: torch.Tensor) -> torch.Tensor:
+    def add_to(self, x_BTC: torch.Tensor, backend: str) -> torch.Tensor:
         """x + SwiGLU(norm(x)), in as few launches as there can be: for decoding."""
         gate, up, down = self._frozen or (self.gate.weight, self.up.weight, self.down.weight)
-        hidden = linear(x_BTC, up, gate_NK=gate, norm_eps=NORM_EPS)
-        return linear(hidden, down, residual=x_BTC)
+        hidden = linear(x_BTC, up, gate_NK=gate, norm_eps=NORM_EPS, backend=backend)
+        return linear(hidden, down, residual=x_BTC, backend=backend)
 
     def _padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weights with zeros as further hidden features, which add nothing."""
@@ -79,6 +79,8 @@ class Block(nn.Module):
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         if layout.seen is not None and not self.training:
             o_BTN = self.attention.before_output(rms_norm(x_BTC), layout, cache)
-            return self.ffn.add_to(linear(o_BTN, self.attention.output.weight, residual=x_BTC))
+            backend = layout.step_backend
+            x_BTC = linear(o_BTN, self.attention.output.weight, residual=x_BTC, backend=backend)
+            return self.ffn.add_to(x_BTC, backend)
         x_BTC = x_BTC + self.dropout(self.attention(rms_norm(x_BTC), layout, cache))
         return x_BTC + self.dropout(self.ffn(rms_norm(x_BTC)))

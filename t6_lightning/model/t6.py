@@ -122,9 +122,9 @@ class T6(nn.Module):
     def frozen(self) -> Iterator[None]:
         """Weights do not change meanwhile: what layers make of them alone is made once."""
         layers = [module for module in self.modules() if isinstance(module, AttentionLayer | SwiGLU)]
-        for layer in layers:
-            layer.freeze()
         try:
+            for layer in layers:
+                layer.freeze()
             yield
         finally:
             for layer in layers:

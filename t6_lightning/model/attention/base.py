@@ -162,6 +162,11 @@ class Layout:
         return "plain" if self.backend == "sdpa" else self.backend
 
     @property
+    def step_backend(self) -> str:
+        """What the small steps around attention in decoding are asked for (`kernels.linear`, `kernels.factors`)."""
+        return "plain" if self.contract_backend == "plain" else "auto"
+
+    @property
     def attention_backend(self) -> str:
         """What `kernels.attention` is asked for: over full K and V torch's own is the fastest there is."""
         return "auto" if self.backend == "triton" else self.backend
@@ -175,8 +180,7 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
 
     In three parts, so that what is cached is what a family declares: `project` makes the query and the cached
     entries of new tokens, `expand` makes keys and values of entries, and `attend_cached` appends to a cache and
-    reads all of it:
-    by expanding it, unless the family knows better.
+    reads all of it, by expanding it unless the family knows better.
     """
 
     output: nn.Linear

@@ -94,9 +94,10 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         """The factors (B, T, R, N) that depend on the token."""
         return self._factors(self._record(x_BTC))
 
-    def _record(self, x_BTC: torch.Tensor) -> torch.Tensor:
+    def _record(self, x_BTC: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """All of them side by side, from one matrix product: small ones are slower."""
-        return linear(x_BTC, self._merged_weights() if self._frozen is None else self._frozen)
+        weight = self._merged_weights() if self._frozen is None else self._frozen
+        return linear(x_BTC, weight, backend=backend)
 
     def _starts(self, on_gpu: bool) -> dict[str, int]:
         """Where each factor begins in a record."""
@@ -160,7 +161,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
-        factors = self.contextual_factors(x_BTC)
+        factors = self._factors(self._record(x_BTC, layout.step_backend))
         if layout.seen is not None and c.factorize_q and c.decodes_in_place:
             q_BTHD, factors["b_k"] = query_and_key(
                 *self.pair("q", factors, None),
@@ -168,6 +169,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
                 layout.queries,
                 layout.keys.tables,
                 pairing=c.rope.pairing,
+                backend=layout.step_backend,
             )
             return q_BTHD, {name: factors[name] for name in c.cache_entries()}
         q_BTHD = (
@@ -223,7 +225,9 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         return k_BMHD, v_BMHD
 
     def heads(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._heads(self._record(x_BTC), self._plain_q_or_none(x_BTC, layout), layout)
+        return self._heads(
+            self._record(x_BTC, layout.step_backend), self._plain_q_or_none(x_BTC, layout), layout
+        )
 
     def _plain_q_or_none(self, x_BTC: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         return None if self.config.factorize_q else self._plain_q(x_BTC, layout)
@@ -271,7 +275,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
         o_BTHE = checkpoint(
             from_factors,
-            self._record(x_BTC),
+            self._record(x_BTC, layout.step_backend),
             self._plain_q_or_none(x_BTC, layout),
             use_reentrant=False,
             preserve_rng_state=False,
