@@ -185,8 +185,8 @@ _threads: "WeakSet[threading.Thread]" = WeakSet()
 
 
 @atexit.register
-def _close_all() -> None:
-    """A thread must not be caught inside pyarrow by the end of the interpreter."""
+def close_all() -> None:
+    """Stop reading ahead everywhere. A thread must not be caught inside pyarrow by the end of the interpreter."""
     for reader in list(_readers):
         reader.close()
     for thread in list(_threads):
