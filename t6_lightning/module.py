@@ -54,7 +54,7 @@ class T6Module(pl.LightningModule):
         self.initial_weights: dict[str, torch.Tensor] | None = None
         self.goes_on = False
         """Whether a checkpoint's weights will take the place of random ones: these are not drawn then, which takes
-        seconds at size."""
+        seconds at size; orthogonal ones still are."""
         self.figures: dict[str, float] = {}
         """`val/*` of the last validation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
