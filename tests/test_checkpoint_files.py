@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def test_a_file_that_changes_after_it_was_found_whole_is_read_again(tmp_path: Pa
 def test_what_is_written_in_the_background_is_the_state_when_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = checkpoint_files.save
+    save, may_write = checkpoint_files.save, threading.Event()
 
     def slowly(state: dict[str, Any], file: Path) -> None:
-        time.sleep(0.3)
+        assert may_write.wait(60)
         save(state, file)
 
     monkeypatch.setattr(checkpoint_files, "save", slowly)
@@ -63,6 +64,7 @@ def test_what_is_written_in_the_background_is_the_state_when_it_was_asked_for(
     for value in state["state_dict"].values():
         value.add_(1)
     state["optimizer_states"][0]["state"][0]["exp_avg"].zero_()
+    may_write.set()
     io.finish()
     read = checkpoint_files.load(file)
     assert all(torch.equal(read["state_dict"][name], value) for name, value in expected.items())
