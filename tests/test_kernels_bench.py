@@ -1,6 +1,8 @@
 """The operation benchmark: JSON, table, bad input, and a light --help."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +16,7 @@ from kernels.bench import cases, decode_table
 from kernels.bench.__main__ import main
 from kernels.bench.others import REFERENCE_FILES, Reference
 from kernels.bench.plot import main as plot
-from kernels.decode import decode
+from kernels.decode import TRITON_IS_INSTALLED, decode
 
 TINY = {
     "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
@@ -186,6 +188,25 @@ def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
         assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
         assert capacity >= lengths[-1].max()
         assert lengths[0].min() >= case.queries
+
+
+@pytest.mark.parametrize(
+    "changes", [{"further": 4}, {"shared_b": True}, {"pages": 64}, {"queries": 3}], ids=str
+)
+def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
+    """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not TRITON_IS_INSTALLED:
+        pytest.skip("Triton's interpreter is off: the package is not installed, or there is a GPU")
+    monkeypatch.setattr(decode_table, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(decode_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
+    case = decode_table.Case(8, 16, 2, 2, 128, **changes)
+    results = decode_table._tpa_times(case, torch.device("cpu"))
+    assert len(results) == 4
+    assert all(math.isfinite(result) for result in results)
+    tensors = {x.data_ptr(): x for x in decode_table._factors(case, torch.device("cpu"), 2, 128)}
+    assert sum(x.nbytes for x in tensors.values()) == case.n_bytes
+    said = {"further": "padded order 3 (4 × 4)", "shared_b": "padded shared b", "pages": "padded paged"}
+    assert case.how == said.get(next(iter(changes)), "padded")
 
 
 STAND_IN = """

@@ -9,19 +9,15 @@ import os
 import pytest
 import torch
 
-# Before triton is imported; torch may have done that already where it is imported without this.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from kernels.decode import decode, layout, visible
+from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
 from kernels.decode.launch import Launch
 from kernels.tolerances import assert_close
 
-if torch.cuda.is_available():
-    pytest.skip("compiled for the GPU in this process: see test_kernels_gpu.py", allow_module_level=True)
-triton = pytest.importorskip("triton", reason="the package triton is not installed")
-if isinstance(triton.language.standard.sum, triton.runtime.JITFunction):
-    pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+if not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "Triton's interpreter is off: the package is not installed, or there is a GPU",
+        allow_module_level=True,
+    )
 
 kernel = pytest.importorskip("kernels.decode.triton")
 

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Case:
     """bf16. `layout`: entries (B, M, R, H) "split", the same with ranks of A "padded", or one "record" per token.
 
     `lengths`: "even", or "ragged" (drawn from 1 to twice the mean). `pages`: tokens of a page, 0 for none.
+    `further`: features of c (order 3; b has head_dim / further), 0 for none. `shared_b`: V has K's b, which turns when
+    it is read.
     """
 
     heads: int
@@ -45,12 +48,23 @@ class Case:
     layout: str = "padded"
     lengths: str = "even"
     pages: int = 0
+    further: int = 0
+    shared_b: bool = False
     group: str = "256 MB and more"
 
     @property
     def n_bytes(self) -> int:
         """Of the cache, unpadded."""
-        return self.batch * self.tokens * 2 * self.rank * (self.heads + self.head_dim) * 2
+        features = self.head_dim // self.further + self.further if self.further else self.head_dim
+        elements = 2 * (self.heads + features) - (self.head_dim if self.shared_b else 0)
+        return self.batch * self.tokens * self.rank * elements * 2
+
+    @property
+    def how(self) -> str:
+        """All that differs from even rows of two whole factors, and the layout."""
+        said = [self.layout, self.lengths * (self.lengths != "even"), "paged" * (self.pages > 0)]
+        said += [f"order 3 ({self.head_dim // self.further} × {self.further})" if self.further else ""]
+        return " ".join(filter(None, [*said, "shared b" * self.shared_b]))
 
 
 def cases() -> list[Case]:
@@ -92,7 +106,12 @@ def cases() -> list[Case]:
         for case in one[:2]
         for changes in ({"lengths": "ragged"}, {"pages": 64}, {"lengths": "ragged", "pages": 64})
     ]
-    return large + odd + medium + small + several + other + lengths
+    made = [
+        replace(case, group="rows made on the chip", **changes)
+        for case in (one[1], one[2])
+        for changes in ({"further": 8}, {"further": 4}, {"shared_b": True})
+    ]
+    return large + odd + medium + small + several + other + made + lengths
 
 
 def run(
@@ -160,7 +179,7 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]:
             if row["group"] != group:
                 continue
-            how = [row["layout"], row["lengths"] * (row["lengths"] != "even"), "paged" * (row["pages"] > 0)]
+            how = Case(**{name: row[name] for name in Case.__dataclass_fields__ if name in row}).how
             ratios = [
                 f"{row[name] / row['median_s']:.2f}×" if row.get(name) else ""
                 for name in ("plain_s", "gqa8_s", "mqa_s", "reference_s")
@@ -168,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
             to_one = row["times_one_dense_query"]
             lines.append(
                 f"| {row['heads']}, {row['head_dim']}, {row['rank']} | {row['batch']} | {row['tokens']:,} |"
-                f" {row['queries']} | {' '.join(filter(None, how))} | {row['cache_bytes'] / 1e6:.0f} |"
+                f" {row['queries']} | {how} | {row['cache_bytes'] / 1e6:.0f} |"
                 f" {row['median_s'] * 1e6:.1f} | {row['share_of_copy_bandwidth']:.1%} | {' | '.join(ratios)} |"
                 f" {f'{to_one:.2f}×' if to_one else ''} |"
             )
@@ -243,16 +262,28 @@ def _groups(result: dict[str, Any]) -> list[str]:
 
 
 def _factors(case: Case, device: torch.device, rows: int, tokens: int) -> list[torch.Tensor]:
+    """a_k, b_k, a_v, b_v and, at order 3, c_k, c_v."""
     H, D, R = case.heads, case.head_dim, case.rank
     if case.layout == "record":
         width = layout.record_width(H, D, D, R, R, 2)
         records = torch.randn(rows, tokens, width, device=device, dtype=torch.bfloat16)
         return list(layout.views(records, H, D, D, R, R))
     stored = layout.padded_heads(H, D, D, R, R, 2) if case.layout == "padded" else H
-    return [
-        torch.randn(rows, tokens, R, kept, device=device, dtype=torch.bfloat16)[..., :used]
-        for kept, used in ((stored, H), (D, D), (stored, H), (D, D))
+    P = D // case.further if case.further else D
+    widths = [
+        (stored, H),
+        (P, P),
+        (stored, H),
+        (P, P),
+        *[(case.further, case.further)] * (2 if case.further else 0),
     ]
+    factors = [
+        torch.randn(rows, tokens, R, kept, device=device, dtype=torch.bfloat16)[..., :used]
+        for kept, used in widths
+    ]
+    if case.shared_b:
+        factors[3] = factors[1]
+    return factors
 
 
 def _lengths(case: Case, n_calls: int, device: torch.device) -> tuple[list[torch.Tensor], int]:
@@ -281,25 +312,35 @@ def _tpa_times(case: Case, device: torch.device) -> list[float]:
         caches = [_factors(case, device, pages.numel(), case.pages) for _ in range(n_caches)]
     else:
         caches = [_factors(case, device, case.batch, capacity) for _ in range(n_caches)]
-    a_k, a_v = torch.randn(
-        2, case.batch, case.queries, case.rank, case.heads, device=device, dtype=torch.bfloat16
-    )
-    b_k, b_v = torch.randn(
-        2, case.batch, case.queries, case.rank, case.head_dim, device=device, dtype=torch.bfloat16
-    )
-    calls = [
-        lambda i=i: decode(
+    shapes = [(case.batch, case.queries, *factor.shape[2:]) for factor in caches[0]]
+    new: list[torch.Tensor | None] = [
+        torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes
+    ]
+    turn = None
+    if case.shared_b:
+        new[3] = None
+        angles = torch.randn(capacity, case.head_dim // 2, device=device)
+        turn = angles.cos(), angles.sin()
+
+    def call(i: int) -> torch.Tensor:
+        a_k, b_k, a_v, b_v, *further = caches[i % n_caches]
+        return decode(
             q,
-            *caches[i % n_caches],
+            a_k,
+            b_k,
+            a_v,
+            b_v,
             scale=case.head_dim**-0.5,
             lengths=lengths[i],
             pages=pages,
-            new=(a_k, b_k, a_v, b_v),
+            new=tuple(new),
+            c_k=further[0] if further else None,
+            c_v=further[1] if further else None,
+            turn=turn,
             backend="triton",
         )
-        for i in range(n_calls)
-    ]
-    return graph_times(calls)
+
+    return graph_times([partial(call, i) for i in range(n_calls)])
 
 
 def _baselines(case: Case, device: torch.device, reference: Reference | None) -> dict[str, float | None]:
@@ -331,7 +372,7 @@ def _baselines(case: Case, device: torch.device, reference: Reference | None) ->
             found["reference_s"] = median(graph_times([made[i % n_caches] for i in range(max(4, n_caches))]))
         except Exception as error:  # not all sizes compile
             print(f"the paper's kernel at {case}: {type(error).__name__}", file=sys.stderr)
-    if T == 1 and case.group != "by length":
+    if T == 1 and case.group not in ("by length", "rows made on the chip"):
         factors = _factors(replace(case, layout="split"), device, B, M)
         q_BTHD = q_BHTD.transpose(1, 2)
         run = torch.no_grad()(lambda: decode(q_BTHD, *factors, scale=D**-0.5, backend="plain"))

@@ -37,7 +37,7 @@ def points(
             row["queries"] == 1
             and row["layout"] == "padded"
             and row["lengths"] == "even"
-            and not row["pages"]
+            and not (row["pages"] or row.get("further") or row.get("shared_b"))
         )
         if not plain or (row["heads"], row["head_dim"], row["rank"]) != case or not row.get(key):
             continue

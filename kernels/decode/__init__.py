@@ -1,7 +1,8 @@
 """TPA attention over a cache of factors (section 5).
 
 Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E value dimension,
-S rank of K, U rank of V; with pages: P pages of the whole cache, N tokens of a page.
+S rank of K, U rank of V; with pages: P pages of the whole cache, N tokens of a page; with further factors: C and Y
+features of those of K and V.
 """
 
 import os
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from kernels.decode import plain, sdpa
+from kernels.decode.rows import Rows
 from kernels.dispatch import choose
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
@@ -21,8 +23,8 @@ WIDEST_HEAD = 256
 WIDEST_KEY, WIDEST_VALUE = 576, 512
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# The factors of new tokens, in the order a_k, b_k, a_v, b_v.
-New = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# The factors of new tokens, in the order a_k, b_k, a_v, b_v and, where there are further ones, c_k, c_v.
+New = tuple[torch.Tensor | None, ...]
 
 
 def decode(
@@ -37,13 +39,17 @@ def decode(
     lengths: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
     new: New | None = None,
+    c_k: torch.Tensor | None = None,
+    c_v: torch.Tensor | None = None,
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pairing: str = "halves",
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale · q Kᵀ) V with K = (1/S) Σ_s a_s ⊗ b_s and V = (1/U) Σ_u a_u ⊗ b_u (algorithms 1-3).
 
     q_BTHD    (B, T, H, D) queries, already rotated
     a_k_BMSH  (B, M, S, H) cached head factors of K
-    b_k_BMSD  (B, M, S, D) cached feature factors of K, already rotated
+    b_k_BMSD  (B, M, S, D) cached feature factors of K, already rotated unless `turn` is given
     a_v_BMUH  (B, M, U, H) cached head factors of V
     b_v_BMUE  (B, M, U, E) cached feature factors of V
     mask      bool (B, 1, T, M), True = may attend; a row without any True gives zeros
@@ -55,35 +61,52 @@ def decode(
     new       the factors (B, T, rank, width) of the queries' own tokens, in the order of the factors, None for one that
               is no cache: written into the factors first, as the last T tokens of each row. "triton" does both in
               one launch. No gradient flows through them
+    c_k, c_v  (B, M, S, C) and (B, M, U, Y), both or neither: further factors of K and V (order 3, appendix C). b_k is
+              then (B, M, S, D/C) and what K is made of is vec(b ⊗ c), with b_i c_j at j · D/C + i; likewise V
+    turn      cos and sin, (M, W/2) or (B, M, W/2), by which `kernels.rope.rotate` turns b_k as it is read: for one
+              that V has too, or that is a parameter
+    pairing   which features they pair: "halves" or "interleaved"
     backend   "auto", "triton", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
     A factor may be any view whose last dimension is contiguous: a non-contextual one is expanded over tokens.
-    "triton" reads the cache once, needs no memory of its size, and is compiled once for all batches and
-    lengths; `lengths` stay on the device, so that a CUDA graph holds while they grow. Fastest where each rank's
-    head factors start at multiples of 16 bytes (`kernels.decode.layout`).
+    "triton" reads the cache once, makes what `c_k`, `c_v` and `turn` say on the chip, needs no memory of the cache's
+    size, and is compiled once for all batches and lengths; `lengths` stay on the device, so that a CUDA graph holds
+    while they grow. Fastest where each rank's head factors start at multiples of 16 bytes (`kernels.decode.layout`).
 
     Raises ValueError for shapes that do not fit together and for a backend that is unknown or cannot run.
     """
     B, T, H, D = q_BTHD.shape
     rows, S = b_k_BMSD.shape[:2], b_k_BMSD.shape[2]
     U = b_v_BMUE.shape[2]
+    made = Rows(c_k, c_v, *(turn or (None, None)), pairing)
+    C, Y = (1 if c is None else c.shape[-1] for c in (c_k, c_v))
     fits = (
         (pages is not None or rows[0] == B)
         and a_k_BMSH.shape == (*rows, S, H)
-        and b_k_BMSD.shape == (*rows, S, D)
+        and b_k_BMSD.shape[:3] == (*rows, S)
+        and b_k_BMSD.shape[3] * C == D
         and a_v_BMUH.shape == (*rows, U, H)
         and b_v_BMUE.shape[:3] == (*rows, U)
+        and (c_k is None or c_k.shape == (*rows, S, C))
+        and (c_v is None or c_v.shape == (*rows, U, Y))
     )
     if not fits:
-        shapes = [tuple(x.shape) for x in (q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE)]
+        given = (q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
+        with_c = "" if c_k is None and c_v is None else ", c_k, c_v"
+        must_be = "(B, T, H, D), (B, M, S, H), (B, M, S, D), (B, M, U, H), (B, M, U, E)"
+        if with_c:
+            must_be = must_be.replace("S, D)", "S, D/C)") + ", (B, M, S, C), (B, M, U, Y)"
         raise ValueError(
-            f"decode: q, a_k, b_k, a_v, b_v are {shapes}, must be"
-            " (B, T, H, D), (B, M, S, H), (B, M, S, D), (B, M, U, H), (B, M, U, E)"
+            f"decode: q, a_k, b_k, a_v, b_v{with_c} are {[tuple(x.shape) for x in given]}, must be {must_be}"
         )
+    if (c_k is None) != (c_v is None):
+        raise ValueError("decode: give both c_k and c_v, or neither")
     if pages is not None and (pages.dim() != 2 or pages.shape[0] != B or not _integers(pages)):
         raise ValueError(f"decode: pages must be integers {(B, 'n')}, are {pages.dtype} {tuple(pages.shape)}")
     M = rows[1] if pages is None else rows[1] * pages.shape[1]
+    if turn is not None:
+        _check_turn(turn, pairing, B, M, b_k_BMSD.shape[3])
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
         raise ValueError(f"decode: mask must be bool {(B, 1, T, M)}, is {mask.dtype} {tuple(mask.shape)}")
     if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
@@ -93,7 +116,7 @@ def decode(
     if lengths is not None and mask is not None:
         raise ValueError("decode: lengths and mask both say what is visible: give one of them")
 
-    factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE)
+    factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
     if new is not None:
         _check_new(new, factors, B, T)
     why_not = why_not_triton(q_BTHD, factors, mask, pages, new)
@@ -101,14 +124,17 @@ def decode(
         "decode", backend, _fastest_first(T, q_BTHD.device.type), {"triton": why_not} if why_not else None
     )
     if run is _triton:
-        return _triton(q_BTHD, *factors, scale, lengths, pages, new)
+        return _triton(q_BTHD, *factors[:4], scale, lengths, pages, made, new)
     if new is not None:
         _append(new, factors, lengths, pages)
     if pages is not None:
         factors = tuple(x[pages].flatten(1, 2) for x in factors)
     if lengths is not None:
         mask = visible(lengths, T, M)
-    return run(q_BTHD, *factors, scale, mask)
+    a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *further = factors
+    if further:
+        made = made._replace(c_k=further[0], c_v=further[1])
+    return run(q_BTHD, a_k_BMSH, made.of_keys(b_k_BMSD), a_v_BMUH, made.of_values(b_v_BMUE), scale, mask)
 
 
 def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
@@ -117,7 +143,24 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
 
 
+def _check_turn(turn: tuple[torch.Tensor, torch.Tensor], pairing: str, B: int, M: int, P: int) -> None:
+    """Raises ValueError for tables that do not fit b_k (B, M, S, P)."""
+    cos, sin = turn
+    width = 2 * cos.shape[-1]
+    if width > P or cos.shape[:-1] not in ((M,), (B, M)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"decode: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (M, W/2) or (B, M, W/2) with"
+            f" W <= {P}, for B = {B} rows of M = {M} tokens"
+        )
+    if pairing not in ("halves", "interleaved"):
+        raise ValueError(f"decode: unknown pairing {pairing!r}; allowed: halves, interleaved")
+
+
 def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:
+    if len(new) != len(factors):
+        raise ValueError(
+            f"decode: new factors must be {len(factors)}, None for each that is no cache, are {len(new)}"
+        )
     for part, factor in zip(new, factors, strict=True):
         if part is not None and part.shape != (B, T, *factor.shape[2:]):
             raise ValueError(
@@ -148,40 +191,47 @@ def _integers(x: torch.Tensor) -> bool:
     return x.dtype in (torch.int32, torch.int64)
 
 
-def _triton(q, a_k, b_k, a_v, b_v, scale, lengths=None, pages=None, new: New | None = None) -> torch.Tensor:
-    arguments = (q, a_k, b_k, a_v, b_v, scale, lengths, pages)
+def _triton(
+    q, a_k, b_k, a_v, b_v, scale, lengths=None, pages=None, made: Rows | None = None, new: New | None = None
+) -> torch.Tensor:
+    made = made or Rows()
     if torch.compiler.is_compiling():
-        if new is None:
-            return torch.ops.t6_lightning.tpa_decode(*arguments)
-        if None not in new:
-            return torch.ops.t6_lightning.tpa_append_and_decode(*arguments, *new)
-        _append(new, (a_k, b_k, a_v, b_v), lengths, pages)
-        return torch.ops.t6_lightning.tpa_decode(*arguments)
+        cached = (a_k, b_k, a_v, b_v)
+        if new is not None and None not in new and made.as_cached:
+            return torch.ops.t6_lightning.tpa_append_and_decode(q, *cached, scale, lengths, pages, *new)
+        if new is not None:
+            further = (c for c in (made.c_k, made.c_v) if c is not None)
+            _append(new, (*cached, *further), lengths, pages)
+        return torch.ops.t6_lightning.tpa_decode(q, *cached, scale, lengths, pages, *made)
     # Imported here: the package is absent on most machines without a GPU.
     from kernels.decode import triton
 
-    return triton.decode(*arguments, new=new)
+    return triton.decode(q, a_k, b_k, a_v, b_v, scale, lengths, pages, new=new, rows=made)
 
 
 # Operators for torch.compile, which cannot follow how the kernels are launched. Two, because the compiler must be
 # told what is written.
 _library = torch.library.Library("t6_lightning", "FRAGMENT")
 _library.define(
-    "tpa_decode(Tensor q, Tensor a_k, Tensor b_k, Tensor a_v, Tensor b_v, float scale, Tensor? lengths,"
-    " Tensor? pages) -> Tensor"
+    "tpa_decode(Tensor q, Tensor a_k, Tensor b_k, Tensor a_v, Tensor b_v, float scale, Tensor? lengths, Tensor? pages,"
+    " Tensor? c_k=None, Tensor? c_v=None, Tensor? cos=None, Tensor? sin=None, str pairing='halves') -> Tensor"
 )
 _library.define(
     "tpa_append_and_decode(Tensor q, Tensor(a!) a_k, Tensor(b!) b_k, Tensor(c!) a_v, Tensor(d!) b_v, float scale,"
     " Tensor? lengths, Tensor? pages, Tensor new_a_k, Tensor new_b_k, Tensor new_a_v, Tensor new_b_v) -> Tensor"
 )
-_library.impl("tpa_decode", _triton, "CUDA")
-_library.impl("tpa_append_and_decode", lambda *arguments: _triton(*arguments[:8], new=arguments[8:]), "CUDA")
-for _name in ("tpa_decode", "tpa_append_and_decode"):
-    torch.library.register_fake(
-        f"t6_lightning::{_name}",
-        lambda q, a_k, b_k, a_v, b_v, *_: q.new_empty(*q.shape[:3], b_v.shape[-1]),
-        lib=_library,
-    )
+_library.impl("tpa_decode", lambda *given: _triton(*given[:8], made=Rows(*given[8:])), "CUDA")
+_library.impl("tpa_append_and_decode", lambda *given: _triton(*given[:8], new=given[8:]), "CUDA")
+
+
+def _like_result(q, a_k, b_k, a_v, b_v, scale, lengths, pages, c_k=None, c_v=None, *_):
+    return q.new_empty(*q.shape[:3], b_v.shape[-1] * (1 if c_v is None else c_v.shape[-1]))
+
+
+torch.library.register_fake("t6_lightning::tpa_decode", _like_result, lib=_library)
+torch.library.register_fake(
+    "t6_lightning::tpa_append_and_decode", lambda *given: _like_result(*given[:8]), lib=_library
+)
 
 
 @torch.compiler.assume_constant_result
@@ -200,7 +250,8 @@ def why_not_triton(
 ) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
     _, T, _, D = q_BTHD.shape
-    E = factors[-1].shape[-1]
+    _, _, _, b_v, *further = factors
+    E = b_v.shape[-1] * (further[1].shape[-1] if further else 1)
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     # In Triton's interpreter it runs on a CPU, for tests.
@@ -212,7 +263,7 @@ def why_not_triton(
         return "it is made for the shared memory and launches of an H100 or later"
     if mask is not None:
         return "it takes lengths, not a mask"
-    written = [x for x in new or () if x is not None]
+    written = [] if new is None else [x for x in new if x is not None]
     if any(x.dtype != q_BTHD.dtype for x in (*factors, *written)) or q_BTHD.dtype not in TRITON_DTYPES:
         return "queries and factors must all be float16, all bfloat16 or all float32"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, *factors, *written)):

@@ -68,6 +68,13 @@ def padded(features: int) -> int:
     return max(16, power_of_2(features))
 
 
+def padded_row(b: int, c: int) -> tuple[int, int]:
+    """Powers of 2 for a feature row of b features, times c further ones (0: there are none); at least 16 together."""
+    if c == 0:
+        return padded(b), 1
+    return power_of_2(b), max(power_of_2(c), 16 // power_of_2(b))
+
+
 def columns(T: int, H: int, widest: int) -> tuple[int, int]:
     """(query tokens, heads) of one program, powers of 2: their product is bounded by the registers of o."""
     most = max(32, min(256, 16384 // padded(widest)))
@@ -77,8 +84,13 @@ def columns(T: int, H: int, widest: int) -> tuple[int, int]:
     return min(power_of_2(T), max(1, most // heads)), heads
 
 
-def choose_launch(queries: int, heads: int, D: int, E: int, S: int, U: int, dtype: torch.dtype) -> Launch:
-    """By what a program must hold, never by batch or length; the limits are from measurements on an H100."""
+def choose_launch(
+    queries: int, heads: int, D: int, E: int, S: int, U: int, dtype: torch.dtype, turned: int = 0
+) -> Launch:
+    """By what a program must hold, never by batch or length; the limits are from measurements on an H100.
+
+    `turned` features of each token's keys come with their partners, cosines and sines.
+    """
     if dtype == torch.float32:
         # No tensor cores at full precision: small tiles, or the operands leave the registers.
         return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
@@ -87,6 +99,7 @@ def choose_launch(queries: int, heads: int, D: int, E: int, S: int, U: int, dtyp
     W = queries * heads
     heads_first = W >= 64
     token_bytes = (S * (padded(D) + heads) + U * (padded(E) + heads)) * dtype.itemsize
+    token_bytes += turned * (S * dtype.itemsize + 8)
     if W == 128 and heads == 64 and 3 * 32 * token_bytes <= SHARED_MEMORY:
         return Launch(tile=32, warps=4, stages=3, programs=1, heads_first=True)
     if W == 128 and heads <= 32 and token_bytes <= 400:

@@ -293,8 +293,10 @@ class TPAConfig(AttentionConfig):
 
     @property
     def decodes_in_place(self) -> bool:
-        """What decoding reads are the cached entries themselves (and parameters): nothing is made of them."""
-        return self.order == 2 and self.caches_rotated_b and not self.kv_shift
+        """What decoding reads are the cached entries themselves (and parameters): what it makes of them stays on
+        the chip."""
+        product_of_few = self.order == 3 and self.rope_at == "factors"
+        return (self.order == 2 or product_of_few) and not self.kv_shift
 
     @property
     def rotates_when_read(self) -> bool:

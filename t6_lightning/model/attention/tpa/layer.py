@@ -136,10 +136,8 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             return a
         return nonlinearity(a, c.nonlinearity, c.temperature, c.top_k)
 
-    def pair(
-        self, part: str, factors: Mapping[str, torch.Tensor], turn: Tables | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Head factors (B, M, R, H) and feature rows (B, M, R, D) of Q, K or V, rotated by `turn`."""
+    def _each(self, part: str, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The factors (B, M, R, N) of Q, K or V; those that are parameters expanded."""
         c = self.config
         like = next(iter(factors.values()))
 
@@ -151,7 +149,14 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             value = self._nonlinear(value, part) if letter == "a" else value
             return value.to(like.dtype).expand(*like.shape[:2], -1, -1)
 
-        a, b, *further = map(get, c.sizes)
+        return [get(letter) for letter in c.sizes]
+
+    def pair(
+        self, part: str, factors: Mapping[str, torch.Tensor], turn: Tables | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head factors (B, M, R, H) and feature rows (B, M, R, D) of Q, K or V, rotated by `turn`."""
+        c = self.config
+        a, b, *further = self._each(part, factors)
         if turn is not None and c.rope_at == "factors":
             b = rotate(b, *turn, c.rope.pairing)
         rows = outer((b, *further))
@@ -162,7 +167,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def project(self, x_BTC: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         c = self.config
         factors = self._factors(self._record(x_BTC, layout.step_backend))
-        if layout.seen is not None and c.factorize_q and c.decodes_in_place:
+        if layout.seen is not None and c.factorize_q and c.order == 2 and c.caches_rotated_b:
             q_BTHD, factors["b_k"] = query_and_key(
                 *self.pair("q", factors, None),
                 factors["b_k"],
@@ -289,28 +294,46 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     ) -> torch.Tensor:
         c = self.config
         assert layout.seen is not None
-        appended = None
         if c.decodes_in_place:
-            # The entries are what decoding reads: one call appends and attends.
-            name = c.factor_name
-            appended = (
-                new.get(name("a", "k")),
-                new.get(name("b", "k")),
-                new.get(name("a", "v")),
-                new.get(name("b", "v")),
-            )
-        entries = cache.read() if c.decodes_in_place else cache.append(new)
+            return self._append_and_decode(q_BTHD, new, cache.read(), layout, layout.seen)
+        entries = cache.append(new)
         keys, values = self._keys(entries, layout.seen), self.pair("v", entries, None)
         if c.kv_shift:
             keys = self._shifted("k", *keys, layout.seen.starts)
             values = self._shifted("v", *values, layout.seen.starts)
         return decode(
+            q_BTHD, *keys, *values, scale=c.softmax_scale(), lengths=layout.lengths, backend=layout.backend
+        )
+
+    def _append_and_decode(
+        self,
+        q_BTHD: torch.Tensor,
+        new: dict[str, torch.Tensor],
+        entries: dict[str, torch.Tensor],
+        layout: Layout,
+        seen: Keys,
+    ) -> torch.Tensor:
+        """In one call, which reads the entries as they lie in the cache."""
+        c = self.config
+        a_k, b_k, *c_k = self._each("k", entries)
+        a_v, b_v, *c_v = self._each("v", entries)
+        names = [c.factor_name(letter, part) for part in "kv" for letter in "ab"]
+        names += [c.factor_name("c", part) for part in "kv"] if c.order > 2 else []
+        # A shared factor is written once.
+        appended = [new.get(name) if name not in names[:i] else None for i, name in enumerate(names)]
+        return decode(
             q_BTHD,
-            *keys,
-            *values,
+            a_k,
+            b_k,
+            a_v,
+            b_v,
             scale=c.softmax_scale(),
             lengths=layout.lengths,
-            new=appended,
+            new=tuple(appended),
+            c_k=c_k[0] if c_k else None,
+            c_v=c_v[0] if c_v else None,
+            turn=None if c.caches_rotated_b else seen.tables,
+            pairing=c.rope.pairing,
             backend=layout.backend,
         )
 

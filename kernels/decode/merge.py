@@ -1,0 +1,67 @@
+"""The second launch of Triton decoding: the segments of each row become one, in their order.
+
+Shapes: B rows of the cache, T query tokens, H heads, E value dimension, U rank of V; W columns (query token, head) of a
+program, G segments.
+"""
+
+# Triton's own language is not Python's to a type checker, and the package may be absent.
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.decode.tiles import LOWEST, ceil_div, length_of
+
+
+@triton.jit(do_not_specialize=["n_rows", "capacity", "n_programs", "n_columns"])
+def merge_segments(
+    o_ptr, highest_ptr, total_ptr, lengths_ptr, out_ptr, n_rows, capacity, n_programs, n_columns,
+    RAGGED: tl.constexpr, GRAIN: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, U: tl.constexpr,
+    N: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out (B, T, H, E): the segments of one row for COLUMNS of its (query token, head) columns."""
+    row = tl.program_id(0)
+    offsets_E = tl.arange(0, E_PADDED)
+    columns_W = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP:
+        gdc_launch_dependents()
+    n_grains = 0
+    row_begin = 0
+    for first in range(0, n_rows, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        grains = ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+        n_grains += tl.sum(grains, 0)
+        row_begin += tl.sum(tl.where(rows < row, grains, 0), 0)
+    row_end = row_begin + ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
+    n_working = tl.minimum(n_programs, ceil_div(n_grains, N // GRAIN))
+    # The program of a grain is the last one whose first grain is not past it; see `begin` in _attend.
+    begin = row + ((row_begin + 1) * n_working - 1) // tl.maximum(n_grains, 1)
+    end = row + 1 + (row_end * n_working - 1) // tl.maximum(n_grains, 1)
+    end = tl.where(row_end > row_begin, end, begin)
+    if OVERLAP:
+        gdc_wait()
+
+    live_W = columns_W < n_columns
+    o_WE = tl.zeros((COLUMNS, E_PADDED), tl.float32)
+    total_W = tl.zeros((COLUMNS,), tl.float32)
+    highest_W = tl.full((COLUMNS,), LOWEST, tl.float32)
+    for first in range(begin, end, SEGMENTS):
+        segments_G = first + tl.arange(0, SEGMENTS)
+        live_GW = (segments_G < end)[:, None] & live_W[None, :]
+        at_GW = segments_G.to(tl.int64)[:, None] * n_columns + columns_W[None, :]
+        highest_GW = tl.load(highest_ptr + at_GW, mask=live_GW, other=-float("inf"))
+        total_GW = tl.load(total_ptr + at_GW, mask=live_GW, other=0.0)
+        live_GWE = live_GW[:, :, None] & (offsets_E < E)[None, None, :]
+        o_GWE = tl.load(o_ptr + at_GW[:, :, None] * E + offsets_E[None, None, :], mask=live_GWE, other=0.0)
+        new_highest_W = tl.maximum(highest_W, tl.max(highest_GW, 0))
+        weight_GW = tl.exp2(highest_GW - new_highest_W[None, :])
+        shrink_W = tl.exp2(highest_W - new_highest_W)
+        total_W = total_W * shrink_W + tl.sum(weight_GW * total_GW, 0)
+        o_WE = o_WE * shrink_W[:, None] + tl.sum(weight_GW[:, :, None] * o_GWE, 0)
+        highest_W = new_highest_W
+    # The largest logit of a column contributes 1: a total below that has seen nothing, and 0 stays 0.
+    o_WE = o_WE / (U * tl.maximum(total_W, 1.0))[:, None]
+    out_ptrs = out_ptr + (row.to(tl.int64) * n_columns + columns_W)[:, None] * E + offsets_E[None, :]
+    tl.store(out_ptrs, o_WE.to(out_ptr.dtype.element_ty), mask=live_W[:, None] & (offsets_E < E)[None, :])
