@@ -61,6 +61,7 @@ class TokenData(LightningDataModule, ABC):
         self.batch_size, self.context, self.val_tokens = batch_size, context, val_tokens
         self.num_workers, self.seed = num_workers, seed
         self._position = _Position()
+        self._windows: dict[str, Windows] = {}
         self.faults: Counter[str] = Counter()
         """kind of fault in reading -> how often it was met while the batches so far were made."""
         self.repeats_when_cut_off = False
@@ -105,6 +106,10 @@ class TokenData(LightningDataModule, ABC):
     def locate(self, sample: int) -> tuple[int, int]:
         """Sample -> (index into `training_windows`, number of the window there)."""
         return 0, sample
+
+    def samples_of_each(self) -> list[int]:
+        """Training samples consumed so far, of each of the `training_windows`."""
+        return [self.samples]
 
     @abstractmethod
     def tokenizer_texts(self) -> Iterator[str]:
@@ -153,8 +158,24 @@ class TokenData(LightningDataModule, ABC):
         """An endless loader from `samples` on: micro-batch m of rank r of W holds the samples
         start + (m*W + r)*B .. + B - 1."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        windows = self.training_windows(self.validation_keys())
-        return self._loader(_TrainingStream(self, windows, rank, world))
+        self._windows = self.training_windows(self.validation_keys())
+        return self._loader(_TrainingStream(self, self._windows, rank, world))
+
+    def epochs(self) -> dict[str, float]:
+        """How often each of the `training_windows` has been gone through since training began.
+
+        Of a stream, whose length nobody knows beforehand, the whole times of the furthest of the lanes that this
+        rank has read. Empty before `train_dataloader`.
+        """
+        self._position.settle()
+        found = {}
+        for source, (name, windows) in enumerate(self._windows.items()):
+            if windows.per_epoch:
+                found[name] = self.samples_of_each()[source] / windows.per_epoch
+            else:
+                marks = [mark for (number, _), mark in self._position.marks.items() if number == source]
+                found[name] = float(max((epoch for _, epoch, *_ in marks), default=0))
+        return found
 
     def val_dataloader(self) -> DataLoader:
         """All validation windows in a fixed order, the same on every rank."""

@@ -73,6 +73,8 @@ class Lanes:
         context, seed: Tokens per window; of the order.
     """
 
+    per_epoch = None
+
     def __init__(
         self,
         pieces: Pieces,

@@ -137,6 +137,11 @@ class Mixture(TokenData):
             raise AssertionError("training_windows comes first")
         return self._shares.locate(sample)
 
+    def samples_of_each(self) -> list[int]:
+        if self._shares is None:
+            raise AssertionError("training_windows comes first")
+        return self._shares.counts(self.samples)
+
     def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
         phases = {
             -(-tokens // self.context): [weights[name] for name in self.sources]

@@ -83,6 +83,11 @@ class WindowReader(Protocol):
 class Windows(Protocol):
     """An endless sequence of training windows; its `reader` begins quickly at the marks of an earlier one."""
 
+    @property
+    def per_epoch(self) -> int | None:
+        """Windows of an epoch; None where only reading tells."""
+        ...
+
     def reader(self, marks: Mapping[int, Mark]) -> WindowReader:
         """`marks`: lane -> where one of its windows begins."""
         ...

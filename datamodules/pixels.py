@@ -184,6 +184,7 @@ class ImageWindows:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int):
         self.images, self.labels, self.seed = images, labels, seed
+        self.per_epoch = len(images)
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def reader(self, marks: Mapping[int, Mark]) -> "ImageWindows":
@@ -196,7 +197,7 @@ class ImageWindows:
         pass
 
     def read(self, rows: Rows, row: int, window: int) -> None:
-        epoch, index = divmod(window, len(self.images))
+        epoch, index = divmod(window, self.per_epoch)
         if self._order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._order = epoch, rng.permutation(len(self.images))

@@ -39,6 +39,7 @@ def test_a_run_leaves_everything_it_promises(home: Path, trained: Path) -> None:
     }
     assert expected <= set(tracked.data.metrics)
     assert 0 < tracked.data.metrics["perf/data_share"] < 1
+    assert 0 < tracked.data.metrics["data/epochs/text"] < 1
     assert tracked.data.metrics["kv_cache/bytes_per_token"] == 2 * (2 + 2) * (3 + 16) * 4
     assert tracked.data.params["model.net.attention.init_args.rank_k"] == "2"
     assert tracked.data.params["model.optimizer.lr"] == "0.003"

@@ -126,6 +126,23 @@ def test_each_source_goes_through_its_own_epochs(mixture):
     epochs = {source: {mark[2] for mark in marks} for source, marks in data.state_dict()["lanes"].items()}
     assert epochs == {"0": {0}, "1": {0}}  # the streams are in their first
     assert 540 / data.sources["books"].corpus.summary["train_tokens"] * 64 > 2  # the books further
+    counted = data.samples_of_each()
+    assert sum(counted) == 600
+    per_epoch = next(iter(data.sources["books"].training_windows(data.validation_keys()).values())).per_epoch
+    assert data.epochs() == {"edu": 0, "c4": 0, "books": counted[2] / per_epoch}
+    assert data.epochs()["books"] > 2
+
+
+def test_a_stream_says_in_which_epoch_its_furthest_lane_is(mixture):
+    data = mixture({"edu": 0.1, "c4": 0.9, "books": 0})
+    for _ in range(20):
+        consume(data, first(data, 50))
+        last = max(mark[2] for mark in data.state_dict()["lanes"]["1"])
+        assert data.epochs()["c4"] == last
+        if last == 2:
+            break
+    assert last == 2
+    assert data.epochs()["books"] == 0
 
 
 def test_validation_has_each_source_as_a_domain_and_leaves_all_training(mixture, tmp_path):

@@ -29,7 +29,7 @@ def _seconds_waited(trainer: pl.Trainer) -> float:
 
 
 class Monitor(pl.Callback):
-    """Logs `train/loss`, `perf/*`, `optim/*` and `data/tokens` every `log_every_steps`, `val/*` at each validation.
+    """Logs `train/loss`, `perf/*`, `optim/*` and `data/*` every `log_every_steps`, `val/*` at each validation.
 
     Speed counts training alone: validation, checkpoints and what comes before the first step are left out.
     `perf/data_share` is the share of that time in which this rank waited for the loader's next micro-batch.
@@ -98,6 +98,8 @@ class Monitor(pl.Callback):
             "optim/grad_norm": float(module.grad_norm),
             "data/tokens": data.samples * data.context,
         }
+        for name, epochs in data.epochs().items():
+            self.latest[f"data/epochs/{name}"] = ranks.largest(epochs)
         self.latest |= self.guard.figures()
         half = trainer.precision in ("bf16-mixed", "bf16-true")
         peak = get_available_flops(module.device, torch.bfloat16 if half else torch.float32)
