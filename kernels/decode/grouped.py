@@ -14,6 +14,8 @@ from kernels.dispatch import choose
 
 # The widest head of torch's flash kernel.
 WIDEST_FLASH = 256
+# Of the Triton kernel, whose matrix products grow with them: each is a rank, and meets every query head.
+MOST_KV_HEADS = 8
 
 
 def decode_grouped(
@@ -37,9 +39,10 @@ def decode_grouped(
     backend   "auto", "triton", "flash", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
-    "triton" is the kernel of `kernels.decode.decode`: one KV head for all query heads is TPA of rank 1 whose head
-    factors are ones (section 4). "flash" is the kernel behind SDPA, asked to stop at `lengths`, which SDPA cannot
-    say. Both read the lengths on the device and nothing past them, so that a CUDA graph holds while they grow.
+    "triton" is the kernel of `kernels.decode.decode`: G KV heads are TPA of rank G whose head factors are ones and
+    zeros, times G (section 4); it takes heads of any width. "flash" is the kernel behind SDPA, asked to stop at
+    `lengths`, which SDPA cannot say. Both read the lengths on the device and nothing past them, so that a CUDA graph
+    holds while they grow.
 
     Raises ValueError for a backend that is unknown or cannot run.
     """
@@ -52,7 +55,9 @@ def decode_grouped(
         if why
     }
     candidates: dict[str, Callable[..., torch.Tensor]] = {"flash": _flash, "triton": _triton, "sdpa": _sdpa}
-    if q_BTHD.shape[2] == k_BMGD.shape[2]:
+    if q_BTHD.device.type == "cpu":  # Triton's interpreter is for tests: by name only
+        candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
+    elif q_BTHD.shape[2] == k_BMGD.shape[2]:
         # 16 heads of 64 over 16 rows of 32,768 tokens on an H100: 721 µs, where flash takes 880. With 2 and 1 KV
         # heads SDPA takes 490, flash 122 and 70, Triton (1 KV head) 75; MLA of 256 + 32: SDPA 2116, Triton 212.
         candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
@@ -68,17 +73,30 @@ def _sdpa(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths, backend="sdpa") -> torch
 
 
 def _triton(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
-    ones_BM1H = q_BTHD.new_ones(q_BTHD.shape[2]).expand(*k_BMGD.shape[:2], 1, -1)
-    return decode(
-        q_BTHD, ones_BM1H, k_BMGD, ones_BM1H, v_BMGE, scale=scale, lengths=lengths, backend="triton"
-    )
+    a_BMGH = _head_factors(q_BTHD, k_BMGD.shape[2]).expand(*k_BMGD.shape[:2], -1, -1)
+    return decode(q_BTHD, a_BMGH, k_BMGD, a_BMGH, v_BMGE, scale=scale, lengths=lengths, backend="triton")
+
+
+_kept: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _head_factors(q_BTHD: torch.Tensor, G: int) -> torch.Tensor:
+    """(G, H): G where a KV head is the query head's own, which undoes that decoding divides by the rank; else 0."""
+    H = q_BTHD.shape[2]
+    key = (H, G, q_BTHD.dtype, q_BTHD.device)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and key in _kept:
+        return _kept[key]
+    made_GH = G * torch.eye(G, dtype=q_BTHD.dtype, device=q_BTHD.device).repeat_interleave(H // G, dim=1)
+    # Kept, so that a step launches nothing for them; but not what belongs to a CUDA graph, or to a compiled one.
+    if not compiling and not (made_GH.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _kept[key] = made_GH
+    return made_GH
 
 
 def _why_not_triton(q_BTHD, k_BMGD, v_BMGE) -> str | None:
-    if k_BMGD.shape[2] != 1:
-        return "it reads one KV head"
-    if q_BTHD.device.type == "cpu":
-        return "it needs an NVIDIA GPU"
+    if k_BMGD.shape[2] > MOST_KV_HEADS:
+        return f"it reads at most {MOST_KV_HEADS} KV heads"
     return why_not_triton(q_BTHD, (q_BTHD, k_BMGD, q_BTHD, v_BMGE))
 
 

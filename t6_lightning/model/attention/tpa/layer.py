@@ -34,6 +34,9 @@ from t6_lightning.model.rope import Tables
 ALIGNMENT = 16
 """Numbers. On a GPU each factor begins at a multiple of this in its projection: both the matrix products and the
 kernels that read it move 16 bytes at a time."""
+RECORD_ALIGNMENT = 64
+"""Numbers. On a GPU a record is a multiple of this, 128 bytes in half precision: others torch.compile stores with gaps
+between them, and copies for an operator that is not its own."""
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -101,9 +104,14 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def _starts(self, on_gpu: bool) -> dict[str, int]:
         """Where each factor begins in a record."""
+        return dict(zip(self.contextual, accumulate(self._widths(on_gpu), initial=0), strict=False))
+
+    def _widths(self, on_gpu: bool) -> list[int]:
+        """Numbers that each factor takes in a record."""
         unit = ALIGNMENT if on_gpu else 1
-        sizes = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
-        return dict(zip(self.contextual, accumulate(sizes, initial=0), strict=False))
+        widths = [-(-f.rank * f.size // unit) * unit for f in self.contextual.values()]
+        widths[-1] += -sum(widths) % RECORD_ALIGNMENT if on_gpu else 0
+        return widths
 
     def _factors(self, record_BTN: torch.Tensor) -> dict[str, torch.Tensor]:
         starts = self._starts(record_BTN.is_cuda)
@@ -121,7 +129,8 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def _merged_weights(self) -> torch.Tensor:
         weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
         if weights[0].is_cuda:
-            weights = [F.pad(weight, (0, 0, 0, -len(weight) % ALIGNMENT)) for weight in weights]
+            widths = self._widths(True)
+            weights = [F.pad(w, (0, 0, 0, n - len(w))) for w, n in zip(weights, widths, strict=True)]
         return torch.cat(weights)
 
     def freeze(self) -> None:
