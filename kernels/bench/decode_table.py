@@ -99,6 +99,7 @@ def cases() -> list[Case]:
         if tokens <= longest
     ]
     one = [Case(32, 64, 1, 16, 65536), Case(32, 64, 2, 16, 32768), Case(47, 64, 2, 16, 32768)]
+    lengths.append(Case(32, 64, 2, 16, 65536, group="by length"))
     several = [replace(case, queries=4, group="query tokens") for case in one]
     several += [replace(one[1], queries=queries, group="query tokens") for queries in (2, 8, 16)]
     other = [

@@ -1,0 +1,115 @@
+"""Checks, times and tabulates everything that is claimed of the kernels, on one GPU.
+
+python -m kernels.bench.suite FOLDER [--only PART ...] [--limit SECONDS] [--reference DIR]
+
+Each part is a command of its own, the results of one file each in FOLDER: a part that fails or takes too long leaves
+the others alone, and what lies there already is kept until its part has run again.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kernels.bench import targets
+
+PYTHON = sys.executable
+BENCH = [PYTHON, "-m", "kernels.bench"]
+MODELS = [PYTHON, "-m", "t6_lightning", "bench"]
+TRAINED = ["paper/medium-tpa", "paper/medium-mha"]
+GENERATED = [
+    *("paper/medium-tpa", "paper/medium-mla-as-released", "paper/medium-gqa", "paper/medium-mqa"),
+    *("paper/medium-mha", "matched/medium-gqa-at-medium-tpa-cache", "matched/medium-mla-at-medium-tpa-cache"),
+]
+TESTS = Path(__file__).parents[2] / "tests"
+
+
+def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
+    """Name -> command, those first without which the others say little. A part writes FOLDER/name.json."""
+
+    def json(name: str) -> list[str]:
+        return ["--json", str(folder / f"{name}.json.new")]
+
+    named = {
+        "checks": [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(TESTS)],
+        "train": [*MODELS, "train", *TRAINED, "--profile", str(folder / "train-profile.txt"), *json("train")],
+        "generate": [
+            *(*MODELS, "generate", *GENERATED, "--new_tokens", "32"),
+            *("--profile", str(folder / "generate-profile.txt"), *json("generate")),
+        ],
+        "decode": [*BENCH, "decode", "--table", *json("decode")],
+        "cache": [
+            *(PYTHON, "-m", "t6_lightning", "cache", "paper/medium-tpa", "--context", "16384", "131072"),
+            *json("cache"),
+        ],
+        "saves": [*MODELS, "train", "paper/medium-tpa", "--attention_saves", "factors", *json("saves")],
+    }
+    if reference is not None:
+        named["decode"] += ["--reference", str(reference)]
+    return named | {
+        name: [*BENCH, name, "--paper", *json(name)] for name in ("linear", "contract", "attention", "loss")
+    }
+
+
+def run(commands: Mapping[str, Sequence[str]], folder: Path, limit: float) -> dict[str, str]:
+    """Run the parts in turn; what each printed is in FOLDER/name.txt.
+
+    Returns:
+        name -> "done", or what went wrong.
+    """
+    ended = {}
+    for name, command in commands.items():
+        began = time.monotonic()
+        print(f"{name}: {' '.join(command)}", flush=True)
+        fresh = folder / f"{name}.json.new"
+        fresh.unlink(missing_ok=True)
+        with open(folder / f"{name}.txt", "wb") as said:
+            try:
+                code = subprocess.run(
+                    command, stdout=said, stderr=said, timeout=limit, check=False
+                ).returncode
+                ended[name] = "done" if code == 0 else f"exit code {code}, see {said.name}"
+            except subprocess.TimeoutExpired:
+                ended[name] = f"stopped after {limit:.0f} s, see {said.name}"
+        if ended[name] == "done" and fresh.is_file():
+            fresh.replace(folder / f"{name}.json")
+        print(f"{name}: {ended[name]} ({time.monotonic() - began:.0f} s)", flush=True)
+    return ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    what, usage = (__doc__ or "").strip().partition("\n")[0], "python -m kernels.bench.suite"
+    parser = argparse.ArgumentParser(prog=usage, description=what)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where results go; made if it is missing")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of " + ", ".join(parts(Path(), None)))
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of a part (default 600)")
+    parser.add_argument(
+        "--reference", type=Path, metavar="DIR", help="a clone of the paper's public code, timed too"
+    )
+    given = parser.parse_args(argv)
+    commands = parts(given.folder, given.reference)
+    unknown = [name for name in given.only or [] if name not in commands]
+    if unknown:
+        parser.exit(2, f"{usage}: --only {unknown[0]}: allowed: {', '.join(commands)}\n")
+    if given.limit <= 0:
+        parser.exit(2, f"{usage}: --limit must be above 0, got {given.limit:g}\n")
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{usage}: it times kernels for a GPU, and torch sees no CUDA device\n")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    ended = run({name: commands[name] for name in given.only or commands}, given.folder, given.limit)
+    try:
+        found = targets.table(targets.read(given.folder))
+    except ValueError as error:
+        print(error)
+    else:
+        (given.folder / "targets.md").write_text(found + "\n")
+        print(f"\n{found}")
+    return 0 if set(ended.values()) == {"done"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The run of all kernel benchmarks, and the table of what is meant to be reached beside what was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.bench import suite, targets
+
+RECORDED = Path(__file__).parent.parent / "kernels" / "results"
+
+
+def lines(results: targets.Results) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in targets.table(results).splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def recorded() -> targets.Results:
+    files = {"decode": "decode-h100.json", "train": "training-h100.json", "generate": "generate.json"}
+    return {name: json.loads((RECORDED / file).read_text()) for name, file in files.items()}
+
+
+def test_the_recorded_results_are_judged_as_the_pages_say():
+    found = lines(recorded())
+    assert found["34, 47, 61, 78 heads, rank 2, padded"] == [
+        "≥ 90.0 %",
+        "87.6 % to 91.7 %",
+        "missed, 2 of 4 reach it",
+    ]
+    assert found["SDPA with 8 KV heads, rank 1"] == ["≥ 4.80×", "4.92×", "reached"]
+    assert found["4 query tokens over one"] == ["≤ 1.15×", "1.08× to 1.57×", "missed, 2 of 3 reach it"]
+    assert found["training, medium T6"] == ["≥ 145,000 tokens/s", "139,262 tokens/s", "missed"]
+    assert found["– over the paper's public code"] == ["≥ 1.50×", "1.45×", "missed"]
+    assert found["– MHA and MLA of as many parameters"][2] == "reached"
+    assert found["FlashInfer's MLA, 16 rows of 65,536 tokens, rank 1"] == ["≥ 2.80×", "not measured", ""][:2]
+
+
+def test_what_was_not_run_is_not_measured_and_a_change_changes_the_verdict():
+    results = recorded()
+    results["train"]["models"][0]["tokens_per_second"] = 145_001
+    results["decode"]["recompilations"] = 1
+    found = lines(results | {"cache": [{"padding_bytes": 6, "logical_bytes": 100, "predicted_bytes": 100}]})
+    assert found["training, medium T6"][2] == "reached"
+    assert found["kernels compiled again"] == ["≤ 0", "1", "missed"]
+    assert found["declared padding of the cache"] == ["≤ 5.0 %", "6.0 %", "missed"]
+    without = lines({"cache": []})
+    assert {row[1] for row in without.values()} == {"not measured"}
+
+
+def test_every_result_that_is_judged_comes_from_a_part():
+    named = suite.parts(Path("F"), None)
+    assert set(targets.SOURCES) <= set(named)
+    for name in targets.SOURCES:
+        assert named[name][-2:] == ["--json", f"F/{name}.json.new"]
+    assert suite.parts(Path("F"), Path("R"))["decode"][-2:] == ["--reference", "R"]
+
+
+def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
+    def write(name: str, then: str = "") -> list[str]:
+        target = tmp_path / f"{name}.json.new"
+        return [sys.executable, "-c", f"open({str(target)!r}, 'w').write('[1]'); print({name!r}); {then}"]
+
+    (tmp_path / "broken.json").write_text("[0]")
+    (tmp_path / "slow.json").write_text("[0]")
+    commands = {
+        "broken": write("broken", "raise SystemExit(3)"),
+        "slow": write("slow", "import time; time.sleep(60)"),
+        "good": write("good"),
+    }
+    ended = suite.run(commands, tmp_path, limit=5)
+    assert ended["broken"].startswith("exit code 3, see ")
+    assert ended["slow"].startswith("stopped after 5 s, see ")
+    assert ended["good"] == "done"
+    kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
+    assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
+    assert (tmp_path / "good.txt").read_text() == "good\n"
+
+
+def test_a_part_that_really_runs_here_is_judged(tmp_path):
+    """The measured cache, which needs no GPU."""
+    commands = {"cache": suite.parts(tmp_path, None)["cache"]}
+    assert suite.run(commands, tmp_path, limit=300) == {"cache": "done"}
+    found = lines(targets.read(tmp_path))
+    assert found["cache bytes, apart from padding: off the formula"] == ["≤ 0.0 %", "0.0 %", "reached"]
+    assert found["declared padding of the cache"] == ["≤ 5.0 %", "0.9 %", "reached"]
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    for arguments, said in (
+        (["F", "--only", "nothing"], "--only nothing: allowed: checks, train, generate, decode"),
+        (["F", "--limit", "0"], "--limit must be above 0, got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            suite.main(arguments)
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    assert targets.main([str(tmp_path)]) == 2
+    assert "has none of decode.json, train.json" in capsys.readouterr().err
+    (tmp_path / "decode.json").write_text("{")
+    assert targets.main([str(tmp_path)]) == 2
+    assert "decode.json is no JSON" in capsys.readouterr().err
