@@ -3,10 +3,17 @@
 import os
 from pathlib import Path
 
+from datamodules.errors import BadData
+
 
 def t6_home() -> Path:
-    """Absolute path of the environment's T6_HOME, or of ./t6_runs. The call creates nothing."""
-    return Path(os.environ.get("T6_HOME") or "t6_runs").expanduser().absolute()
+    """Absolute path of the environment's T6_HOME, or of ./t6_runs. The call creates nothing. Raises BadData."""
+    home = Path(os.environ.get("T6_HOME") or "t6_runs").expanduser().absolute()
+    if home.is_file():
+        raise BadData(
+            f"T6_HOME: {str(home)!r} is a file; allowed: a folder, which is made where it is missing."
+        )
+    return home
 
 
 def write_atomically(path: Path, text: str) -> None:

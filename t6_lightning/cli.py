@@ -21,10 +21,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from datamodules import corpora  # noqa: F401  (so that short names of data classes are known)
+from datamodules import DATA_MODULES, corpora  # noqa: F401  (corpora: so that short names of data classes are known)
 from datamodules.base import TokenData
 from datamodules.errors import reason_in
-from t6_lightning import parallel
+from t6_lightning import parallel, trainer_settings
 from t6_lightning.backend import check_backend
 from t6_lightning.callbacks.cadence import Cadence
 from t6_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
@@ -38,15 +38,6 @@ from t6_lightning.presets import config_file, settings
 from t6_lightning.runs import resolve_checkpoint, run_of
 from t6_lightning.tracking import MLflowTracking
 
-TRAINER_DEFAULTS = {
-    "max_epochs": -1,  # the stream is endless: steps end a run
-    "max_steps": 1000,
-    "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,  # the data deals itself out to ranks
-}
-
 
 class TrainingProfiler(PyTorchProfiler):
     """PyTorch's profiler over three micro-batches of training: Lightning's table is of validation, the last to come."""
@@ -59,6 +50,9 @@ PROFILERS: dict[str, type[Profiler]] = {
     "advanced": AdvancedProfiler,
     "pytorch": TrainingProfiler,
 }
+
+LINKED = {"context": "--model.net.context", "seed": "--seed_everything"}
+"""Settings of the data that follow others."""
 
 MACHINE = ("trainer.devices", "trainer.num_nodes")
 """What a run is started on; a run that goes on may find another number of them."""
@@ -77,6 +71,17 @@ class Parser(LightningArgumentParser):
 
 def one_sentence(message: str, parser: LightningArgumentParser) -> str:
     """jsonargparse's nested report on one line, with the nearest existing names for an unknown one."""
+    key, value = (
+        found[1] if found else None
+        for found in (re.search(r'Parser key "([\w.]+)"', message), re.search(r"G\w+ value: (.*)", message))
+    )
+    choices = [
+        name.strip("' ") for names in re.findall(r"Literal\[(.*?)\]", message) for name in names.split(",")
+    ]
+    if key == "data" and "dot import path" in message:
+        choices = list(DATA_MODULES)
+    if key and value and choices:
+        return f"{key}={value!r} is not possible: choose one of {', '.join(dict.fromkeys(choices))}"
     text = reason_in(message)
     text = text.replace("Parser key ", "").replace("t6_lightning.model.attention.", "")
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '(\w+)' is not accepted", text)
@@ -102,7 +107,7 @@ class T6CLI(LightningCLI):
                 TokenData,
                 subclass_mode_data=True,
                 save_config_callback=None,
-                trainer_defaults=dict(TRAINER_DEFAULTS),
+                trainer_defaults=dict(trainer_settings.DEFAULTS),
                 seed_everything_default=0,
                 parser_class=Parser,
                 parser_kwargs={"prog": f"python -m t6_lightning {command}", "description": __doc__},
@@ -140,10 +145,12 @@ class T6CLI(LightningCLI):
                 "--dry_run", action="store_true", help="Print what the run will cost, and stop."
             )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        trainer_settings.check(self.config.trainer, self.config.seed_everything)
+
     def before_instantiate_classes(self) -> None:
         trainer = self.config.trainer
-        if trainer.max_steps < 1:
-            raise BadInput(f"trainer.max_steps={trainer.max_steps} is not possible: it must be at least 1")
         parallel.follow_launcher(trainer)
         if trainer.precision is None:
             on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
@@ -238,6 +245,9 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
+        field = option.removeprefix("--data.").removeprefix("init_args.")
+        if option.startswith("--data.") and field in LINKED:
+            raise BadInput(f"{option} is not possible: {LINKED[field]} sets it")
         if option not in ("--config", "-c"):
             flags.append(word)
             continue

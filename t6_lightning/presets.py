@@ -99,7 +99,16 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML wants 1.0e-4."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """PyYAML would keep the last of two equal keys, and say nothing."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]!r} stands twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
+
+MERGE = "tag:yaml.org,2002:merge"
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from datamodules.errors import SourceUnavailable
-from t6_lightning import checkpoint_files, environment, parallel, ranks, report
+from t6_lightning import checkpoint_files, checkpoint_shards, environment, parallel, ranks, report
 from t6_lightning.callbacks.checkpoints import CutOff
 from t6_lightning.callbacks.spikes import Diverged
 from t6_lightning.checkpoint_files import CheckpointError
@@ -28,6 +28,10 @@ from t6_lightning.signals import Interrupted, signals
 def fit(cli: T6CLI) -> int:
     """Train, from the beginning or from a checkpoint. Returns the exit code."""
     plan = Plan.of(cli)
+    if cli.config.run is not None:
+        RunFolder(cli.config.run)  # whose name may not be one
+    if cli.config.init_from:
+        _weights_file(cli.config.init_from)
     if cli.config.dry_run:
         device, half = cli.trainer.strategy.root_device, cli.trainer.precision == "bf16-mixed"
         dtype = torch.bfloat16 if half else torch.float32
@@ -85,11 +89,15 @@ def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
             console.print(f"run {folder.name} is finished already")
             report.print_summary(folder, report.read_summary(folder))
             return None
+        if cli.config.ckpt_path is not None:
+            for change in _changes(folder, cli):
+                print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
     if cli.config.init_from:
         _weights(cli, Path(cli.config.init_from))
     plan.check_disk()
     with signals.raised_at_once():
         cli.datamodule.prepare_data()
+        cli.datamodule.training_windows(cli.datamodule.validation_keys())  # text enough for one there must be
         cli.model.check_tokenizer(cli.datamodule)
         cli.tracking.connect()
     return folder.name, checkpoint
@@ -164,8 +172,6 @@ def _where_to_go_on(cli: T6CLI) -> tuple[RunFolder, Path | None]:
     if ckpt_path is not None:
         checkpoint = resolve_checkpoint(ckpt_path, name)
         folder = RunFolder(name) if name else run_of(checkpoint) or RunFolder(new_run_name("from-checkpoint"))
-        for change in _changes(folder, cli):
-            print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
         return folder, checkpoint
     if name is None:
         return RunFolder(new_run_name(_preset(cli))), None
@@ -240,8 +246,15 @@ def _refuse_other_architecture(cli: T6CLI, checkpoint: Path, whole: bool = False
     return state
 
 
+def _weights_file(named: str) -> Path:
+    file = Path(named)
+    require(file.exists(), "--init_from", named, "there is no such file")
+    is_checkpoint = not file.is_dir() or (file / checkpoint_shards.REST).is_file()
+    require(is_checkpoint, "--init_from", named, "that folder is no checkpoint; name one of its checkpoints")
+    return file
+
+
 def _weights(cli: T6CLI, checkpoint: Path) -> dict[str, torch.Tensor]:
-    require(checkpoint.exists(), "--init_from", str(checkpoint), "there is no such file")
     state = _refuse_other_architecture(cli, checkpoint, whole=True)["state_dict"]
     return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
 

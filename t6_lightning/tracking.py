@@ -2,7 +2,9 @@
 
 # No postponed annotations here: to resolve them for the command line, jsonargparse would run the
 # TYPE_CHECKING block below and so import MLflow, seconds before anyone needs it.
+import hashlib
 import math
+import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +20,10 @@ from t6_lightning.tracking_store import experiment_id, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+
+LONGEST_NAME = 250
+"""Characters, of MLflow's."""
 
 
 class MLflowTracking(Logger):
@@ -101,7 +107,7 @@ class MLflowTracking(Logger):
         assert run_id is not None
         known = client.get_run(run_id).data.params
         flat = {
-            name: str(value)[:6000]
+            mlflow_name(name): str(value)[:6000]
             for name, value in _flatten(dict(vars(params) if isinstance(params, Namespace) else params))
         }
         new = [Param(name, value) for name, value in flat.items() if name not in known]
@@ -117,6 +123,7 @@ class MLflowTracking(Logger):
 
         step = step or 0
         now = int(time.time() * 1000)
+        metrics = {mlflow_name(name): value for name, value in metrics.items()}
         new = {name: value for name, value in metrics.items() if step > self._last_step.get(name, -1)}
         batch = [Metric(name, float(value), now, step) for name, value in new.items() if math.isfinite(value)]
         if batch:
@@ -135,7 +142,7 @@ class MLflowTracking(Logger):
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric over the whole run, restarts included."""
-        found = self.experiment.get_metric_history(self._run_id or "", name)
+        found = self.experiment.get_metric_history(self._run_id or "", mlflow_name(name))
         return sorted((m.step, m.value) for m in found)
 
     @rank_zero_only
@@ -146,6 +153,19 @@ class MLflowTracking(Logger):
 
     def finalize(self, status: str) -> None:
         """Lightning's own call says too little (a signal counts as success): the command calls `close`."""
+
+
+def mlflow_name(name: str) -> str:
+    """The name as MLflow takes it, which allows few characters and makes paths of names: `C++` becomes `C:2b:2b`.
+
+    Others stand as their hexadecimal code, so that different names stay different; a very long one is cut and ends in
+    its own checksum.
+    """
+    parts = [re.sub(r"[^\w .:-]", lambda found: f":{ord(found[0]):x}", part) for part in name.split("/")]
+    said = "/".join(part.replace(".", ":2e") or ":" if part.strip(".") == "" else part for part in parts)
+    if len(said) > LONGEST_NAME:
+        said = f"{said[: LONGEST_NAME - 20]}...{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return said
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -35,6 +35,49 @@ from t6_lightning.runs import RunFolder
         ),
         (["--trainer.profiler", "torch"], "trainer.profiler='torch' is not possible: choose one of simple,"),
         (["--trainer.max_steps", "0"], "trainer.max_steps=0 is not possible"),
+        # What Lightning would do behind the back of what counts steps and tokens here.
+        (
+            ["--trainer.max_time", "00:00:00:04"],
+            "trainer.max_time='00:00:00:04' is not possible: leave it out",
+        ),
+        (["--trainer.min_steps", "2"], "leave it out, as trainer.max_steps alone ends a run"),
+        (["--trainer.max_epochs", "2"], "leave it out, as trainer.max_steps alone ends a run"),
+        (
+            ["--trainer.limit_train_batches", "3"],
+            "trainer.limit_train_batches=3 is not possible: leave it out",
+        ),
+        (["--trainer.limit_val_batches", "0"], "as data.val_tokens says on how much is validated"),
+        (["--trainer.accumulate_grad_batches", "4"], "as cadence.tokens_per_step decides it"),
+        (["--trainer.val_check_interval", "1"], "as cadence.validate_every_tokens decides it"),
+        (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run=True is not possible"),
+        (
+            ["--trainer.gradient_clip_val", "-1"],
+            "trainer.gradient_clip_val=-1 is not possible: it must be above",
+        ),
+        (
+            ["--trainer.devices", "-1"],
+            "trainer.devices='-1' is not possible: it must be at least 1, `auto` for",
+        ),
+        (
+            ["--trainer.num_nodes", "2"],
+            "trainer.num_nodes=2 is not possible: nothing has started processes on",
+        ),
+        (
+            ["--trainer.precision", "half"],
+            "trainer.precision='half' is not possible: choose one of 64, 32, 16",
+        ),
+        (["--seed_everything", "-1"], "seed_everything=-1 is not possible: it must be a whole number from 0"),
+        (["--data.seed", "5"], "--data.seed is not possible: --seed_everything sets it"),
+        (
+            ["--data.init_args.context=16"],
+            "--data.init_args.context is not possible: --model.net.context sets",
+        ),
+        (["--data", "Nope"], "data='Nope' is not possible: choose one of C4, FineWebEdu, Mixture, Pile"),
+        (
+            ["--cadence.tokens_per_step", "0"],
+            "cadence.tokens_per_step=0 is not possible: it must be at least 1",
+        ),
+        (["--init_from", "."], "--init_from='.' is not possible: that folder is no checkpoint"),
         (
             ["--checkpoints.keep", "0"],
             "checkpoints.keep=0 is not possible: at least one checkpoint must stay",
@@ -90,6 +133,41 @@ def test_bad_files(
     )
     assert sentence in said
     assert not (tmp_path / "t6" / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--init_from", "no.ckpt"], ["--run", "a/b"]], ids=str)
+def test_a_dry_run_refuses_what_the_run_would(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is not possible" in refused(capsys, "fit", *TINY, "--dry_run", *arguments)
+
+
+def test_less_training_text_than_one_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before there is a run: the corrected command takes its name."""
+    monkeypatch.setenv("T6_HOME", str(tmp_path / "t6"))
+    (tmp_path / "little.txt").write_text("".join(f"Line {i}.\n" for i in range(50)))
+    little = [
+        "--data",
+        "TextFiles",
+        "--data.files",
+        str(tmp_path / "little.txt"),
+        "--data.txt_documents",
+        "line",
+    ]
+    long = ["--model.net.context", "4000", "--cadence.tokens_per_step", "16000", "--run", "little"]
+    said = refused(capsys, "fit", *TINY, *little, "--data.val_fraction", "0.3", *long)
+    assert "context: 4000 is longer than all training text, which has" in said
+    assert not (tmp_path / "t6" / "runs").exists()
+
+
+def test_a_home_that_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("T6_HOME", str(tmp_path / "home"))
+    assert "is a file; allowed: a folder" in refused(capsys, "fit", *TINY)
 
 
 def test_a_tokenizer_larger_than_the_embedding(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

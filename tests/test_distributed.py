@@ -219,11 +219,15 @@ def test_the_launcher_of_lightning_and_a_signal_to_the_first_process(home: Path,
 
 
 def test_torchrun_starts_one_run(home: Path) -> None:
-    before = {folder.name for folder in (home / "runs").iterdir()}
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("torchrun --standalone"))
+    words = (
+        line.replace("nproc_per_node 8", "nproc_per_node 2").replace("--config paper/medium-tpa ", "").split()
+    )
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "t6_lightning", "fit", *TINY, *EXACT, "--trainer.max_steps", "2"),
+            *(sys.executable, "-m", "torch.distributed.run", *words[1:]),
+            *(*TINY, *EXACT, "--trainer.max_steps", "2"),
             *("--trainer.accelerator", "cpu"),  # how many ranks there are is torchrun's business
         ],
         capture_output=True,
@@ -232,9 +236,9 @@ def test_torchrun_starts_one_run(home: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation bits per byte") == 1
-    (name,) = {folder.name for folder in (home / "runs").iterdir()} - before
-    assert RunFolder(name).record["status"] == "finished"
-    assert [step for step, _ in metrics(home, name)["train/loss"]] == [1, 2]
+    assert "--run medium" in line
+    assert RunFolder("medium").record["status"] == "finished"
+    assert [step for step, _ in metrics(home, "medium")["train/loss"]] == [1, 2]
 
 
 def test_slurm_asks_for_a_checkpoint_before_the_time_is_up(home: Path) -> None:

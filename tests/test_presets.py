@@ -232,6 +232,10 @@ def test_the_command_line_sees_what_load_net_sees(tmp_path: Path, monkeypatch: p
         ),
         ({"a": "extends: b.yaml\n", "b": "- 1\n"}, "b.yaml holds no settings"),
         ({"a": "extends: b.yaml\n", "b": "model: [\n"}, "b.yaml is not valid YAML"),
+        (
+            {"a": "model: {}\nseed_everything: 1\nmodel: {}\n"},
+            "a.yaml is not valid YAML: 'model' stands twice",
+        ),
         ({"a": "seed_everything: 1\n"}, "describes no model: it lacks model.net"),
     ],
 )

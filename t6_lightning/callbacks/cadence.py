@@ -26,6 +26,7 @@ class Cadence(pl.Callback):
         log_every_steps: int = 10,
     ) -> None:
         for name, value in (
+            ("tokens_per_step", 1 if tokens_per_step is None else tokens_per_step),
             ("validate_every_tokens", validate_every_tokens),
             ("log_every_steps", log_every_steps),
         ):
