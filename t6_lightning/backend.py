@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.contract import TRITON_IS_INSTALLED
+from kernels.place import TRITON_IS_INSTALLED
 from t6_lightning.errors import require
 from t6_lightning.model.config import T6Config
 

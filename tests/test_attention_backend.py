@@ -6,13 +6,12 @@ Shape suffixes: B batch, T tokens, H heads, D head dimension.
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 
-from kernels.contract import TRITON_IS_INSTALLED
 from t6_lightning.__main__ import main
 from t6_lightning.backend import check_backend
 from t6_lightning.errors import BadInput
@@ -23,10 +22,6 @@ from t6_lightning.model.t6 import T6
 from t6_lightning.module import T6Module
 from t6_lightning.optim import AdamWConfig
 
-interpreted = pytest.mark.skipif(
-    not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter is off: the package is not installed, or there is a GPU",
-)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "KV only": {"factorize_q": False},
@@ -74,7 +69,7 @@ def gradients(
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), saved[0]
 
 
-@interpreted
+@needs_interpreter
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("backend", "saves"), [("triton", "qkv"), ("triton", "factors"), ("sdpa", "factors")]
@@ -85,7 +80,7 @@ def test_every_backend_gives_the_plain_gradients(backend, saves, variant):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@interpreted
+@needs_interpreter
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_saved_are_factors_alone(compiled):
     documents = torch.tensor([[0, 1, 1, 1], [2] * 4])

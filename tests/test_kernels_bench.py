@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 
 from kernels.bench import cases, decode_table
 from kernels.bench.__main__ import main
 from kernels.bench.others import REFERENCE_FILES, Reference
 from kernels.bench.plot import main as plot
-from kernels.decode import TRITON_IS_INSTALLED, decode
+from kernels.decode import decode
 
 TINY = {
     "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
@@ -190,13 +190,12 @@ def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
         assert lengths[0].min() >= case.queries
 
 
+@needs_interpreter
 @pytest.mark.parametrize(
     "changes", [{"further": 4}, {"shared_b": True}, {"pages": 64}, {"queries": 3}], ids=str
 )
 def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
     """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or not TRITON_IS_INSTALLED:
-        pytest.skip("Triton's interpreter is off: the package is not installed, or there is a GPU")
     monkeypatch.setattr(decode_table, "ROTATED_BYTES", 0)
     monkeypatch.setattr(decode_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
     case = decode_table.Case(8, 16, 2, 2, 128, **changes)

@@ -3,20 +3,16 @@
 Shapes: B batch, T tokens, R rank, H heads, D head dimension, W turned dimensions.
 """
 
-import os
-
+import interpreter
 import pytest
 import torch
 
-from kernels.contract import TRITON_IS_INSTALLED, contract
+from kernels.contract import contract
 from kernels.contract.qkv import Part, contract_qkv
 from kernels.tolerances import assert_close, assert_matches
 
-if not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "Triton's interpreter is off: the package is not installed, or there is a GPU",
-        allow_module_level=True,
-    )
+if not interpreter.IS_ON:
+    pytest.skip(interpreter.WHY_OFF, allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (B, T, R, H, D, W, pairing): odd head counts and lengths, every rank and width that the models have, and more.

@@ -4,21 +4,16 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, S rank of K, U rank o
 of V, C and Y of their c, W turned features; N tokens of a page.
 """
 
-import os
-
 import pytest
 import torch
+from interpreter import needs_interpreter
 
 from kernels.contract import outer
-from kernels.decode import TRITON_IS_INSTALLED, decode
+from kernels.decode import decode
 from kernels.rope import rotate
 from kernels.tolerances import assert_close
 
-INTERPRETED = pytest.mark.skipif(
-    not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter is off: the package is not installed, or there is a GPU",
-)
-BACKENDS = ["plain", "sdpa", pytest.param("triton", marks=INTERPRETED)]
+BACKENDS = ["plain", "sdpa", pytest.param("triton", marks=needs_interpreter)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Inputs = dict[str, torch.Tensor]
 

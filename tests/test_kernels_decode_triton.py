@@ -4,20 +4,16 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, D head dimension, E v
 U rank of V; P pages, N tokens of a page.
 """
 
-import os
-
+import interpreter
 import pytest
 import torch
 
-from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
+from kernels.decode import decode, layout, visible
 from kernels.decode.launch import Launch
 from kernels.tolerances import assert_close
 
-if not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "Triton's interpreter is off: the package is not installed, or there is a GPU",
-        allow_module_level=True,
-    )
+if not interpreter.IS_ON:
+    pytest.skip(interpreter.WHY_OFF, allow_module_level=True)
 
 kernel = pytest.importorskip("kernels.decode.triton")
 

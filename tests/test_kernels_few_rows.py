@@ -3,21 +3,16 @@
 Shapes: B rows, K inputs, N outputs; T tokens, H heads, D head dimension, R rank of Q, S rank of K.
 """
 
-import os
-
+import interpreter
 import pytest
 import torch
 
-from kernels.decode import TRITON_IS_INSTALLED
 from kernels.factors import query_and_key
 from kernels.linear import linear
 from kernels.tolerances import assert_close
 
-if not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "Triton's interpreter is off: the package is not installed, or there is a GPU",
-        allow_module_level=True,
-    )
+if not interpreter.IS_ON:
+    pytest.skip(interpreter.WHY_OFF, allow_module_level=True)
 
 HALVES = [torch.float16, torch.bfloat16]
 

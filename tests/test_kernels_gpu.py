@@ -8,11 +8,12 @@ import torch
 
 from kernels.attention import attention, offsets
 from kernels.contract import contract
-from kernels.decode import TRITON_IS_INSTALLED, decode, layout, visible
+from kernels.decode import decode, layout, visible
 from kernels.decode.grouped import decode_grouped
 from kernels.factors import query_and_key
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
+from kernels.place import TRITON_IS_INSTALLED
 from kernels.tolerances import assert_close, assert_matches
 
 pytestmark = [

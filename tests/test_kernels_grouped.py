@@ -3,21 +3,16 @@
 Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, E value dimension.
 """
 
-import os
-
 import pytest
 import torch
+from interpreter import needs_interpreter
 
 from kernels.attention import attention
-from kernels.decode import TRITON_IS_INSTALLED, visible
+from kernels.decode import visible
 from kernels.decode.grouped import decode_grouped
 from kernels.tolerances import assert_close
 
-INTERPRETED = pytest.mark.skipif(
-    not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter is off: the package is not installed, or there is a GPU",
-)
-BACKENDS = ["auto", "plain", "sdpa", pytest.param("triton", marks=INTERPRETED)]
+BACKENDS = ["auto", "plain", "sdpa", pytest.param("triton", marks=needs_interpreter)]
 M = 70
 
 
@@ -41,7 +36,7 @@ def test_grouped_decode(backend, T, H, G, D, E, dtype):
     assert_close(got, truth, dtype)
 
 
-@INTERPRETED
+@needs_interpreter
 def test_more_kv_heads_than_the_triton_kernel_takes_are_refused_by_name():
     given = inputs(1, 9, 9, 16, 16, torch.float16)
     with pytest.raises(ValueError, match="'triton' cannot run here: it reads at most 8 KV heads"):

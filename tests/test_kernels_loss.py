@@ -3,15 +3,13 @@
 Shapes: N tokens, C model dimension, V vocabulary.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import needs_interpreter
 
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.loss.plain import CHUNK_LOGIT_BYTES, default_chunk_tokens
-from kernels.loss.rows import TRITON_IS_INSTALLED
 from kernels.tolerances import assert_close, assert_matches
 
 N, C, V = 63, 16, 101
@@ -203,10 +201,7 @@ def test_sum_under_autocast(inputs, targets):
         assert_close(got, truth, torch.bfloat16)
 
 
-@pytest.mark.skipif(
-    not TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter is off: the package is not installed, or there is a GPU",
-)
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [3, 101, 20011])
 def test_triton_cross_entropy_in_the_interpreter(vocabulary, dtype):

@@ -135,7 +135,7 @@ def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> t
     """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
     import torch
 
-    from kernels.decode import TRITON_IS_INSTALLED
+    from kernels.place import TRITON_IS_INSTALLED
 
     if sizes:
         raise ValueError(f"--table has its own sizes: leave out --{sizes[0].replace('_', '-')}")

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels import contract as contraction
 from kernels.attention import attention, offsets
 from kernels.bench.others import Reference
 from kernels.contract import contract
-from kernels.decode import MOST_QUERIES, TRITON_IS_INSTALLED, decode, is_hopper
+from kernels.decode import MOST_QUERIES, decode
 from kernels.linear import MOST_ROWS, linear
 from kernels.linear import TRITON_DTYPES as HALVES
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
+from kernels.place import TRITON_IS_INSTALLED, is_hopper
 from kernels.rope import rotate
 
 Sizes = dict[str, int]
@@ -178,7 +178,7 @@ def contract_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     def rows(backend: str) -> list[Row]:
         return _both_modes(backend, lambda: contract(a, b, cos, sin, backend=backend), [a, b], least)
 
-    with_triton = a.is_cuda and contraction.TRITON_IS_INSTALLED
+    with_triton = a.is_cuda and TRITON_IS_INSTALLED
     return [
         *_both_modes("separate passes", separate_passes, [a, b], least),
         *rows("plain"),

@@ -3,17 +3,15 @@
 Shapes: B batch, T tokens, R rank, H heads, D head dimension.
 """
 
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
 from kernels.contract import plain
 from kernels.contract.plain import outer
 from kernels.dispatch import choose, product_dtype
+from kernels.place import why_no_triton_at
 
-TRITON_IS_INSTALLED = find_spec("triton") is not None
 # The Triton kernel: wider heads or higher ranks leave no room for a block of them on the chip.
 WIDEST_HEAD = 256
 HIGHEST_RANK = 64
@@ -89,11 +87,9 @@ def check_tables(
 
 def why_not_triton(a: torch.Tensor, b: torch.Tensor) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
-    # In Triton's interpreter it runs on a CPU, for tests.
-    if a.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it needs an NVIDIA GPU"
+    why = why_no_triton_at(a)
+    if why:
+        return why
     if product_dtype(a, b) not in TRITON_DTYPES:
         return "it computes in float16, bfloat16 or float32"
     if b.shape[-1] % 2:

@@ -10,8 +10,7 @@ import torch
 
 from kernels.contract import check_tables, plain, why_not_triton
 from kernels.dispatch import choose, product_dtype
-
-Tables = tuple[torch.Tensor, torch.Tensor]
+from kernels.rope import Tables
 
 
 class Part(NamedTuple):

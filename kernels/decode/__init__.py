@@ -5,17 +5,16 @@ S rank of K, U rank of V; with pages: P pages of the whole cache, N tokens of a 
 features of those of K and V.
 """
 
-import os
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 
 from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
 from kernels.dispatch import choose
+from kernels.place import why_no_triton_at
+from kernels.rope import Tables
 
-TRITON_IS_INSTALLED = find_spec("triton") is not None
 # The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
 MOST_QUERIES = 16
 WIDEST_HEAD = 256
@@ -41,7 +40,7 @@ def decode(
     new: New | None = None,
     c_k: torch.Tensor | None = None,
     c_v: torch.Tensor | None = None,
-    turn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    turn: Tables | None = None,
     pairing: str = "halves",
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -143,7 +142,7 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
 
 
-def _check_turn(turn: tuple[torch.Tensor, torch.Tensor], pairing: str, B: int, M: int, P: int) -> None:
+def _check_turn(turn: Tables, pairing: str, B: int, M: int, P: int) -> None:
     """Raises ValueError for tables that do not fit b_k (B, M, S, P)."""
     cos, sin = turn
     width = 2 * cos.shape[-1]
@@ -234,13 +233,6 @@ torch.library.register_fake(
 )
 
 
-@torch.compiler.assume_constant_result
-def is_hopper() -> bool:
-    """Compute capability 9 or later with as much shared memory: what the kernel is cut for."""
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return found.major >= 9 and found.shared_memory_per_block_optin >= 227 * 1024
-
-
 def why_not_triton(
     q_BTHD: torch.Tensor,
     factors: tuple[torch.Tensor, ...],
@@ -252,15 +244,13 @@ def why_not_triton(
     _, T, _, D = q_BTHD.shape
     _, _, _, b_v, *further = factors
     E = b_v.shape[-1] * (further[1].shape[-1] if further else 1)
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
-    # In Triton's interpreter it runs on a CPU, for tests.
-    if q_BTHD.device.type != "cuda" and (
-        torch.compiler.is_compiling() or os.environ.get("TRITON_INTERPRET") != "1"
-    ):
-        return "it needs an NVIDIA GPU"
-    if q_BTHD.device.type == "cuda" and not is_hopper():
-        return "it is made for the shared memory and launches of an H100 or later"
+    why = why_no_triton_at(
+        q_BTHD, only_hopper="it is made for the shared memory and launches of an H100 or later"
+    )
+    if why:
+        return why
+    if q_BTHD.device.type == "cpu" and torch.compiler.is_compiling():
+        return "the compiler takes it on an NVIDIA GPU alone"
     if mask is not None:
         return "it takes lengths, not a mask"
     written = [] if new is None else [x for x in new if x is not None]

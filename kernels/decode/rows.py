@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.contract import outer
-from kernels.rope import rotate
+from kernels.rope import Tables, rotate
 
 
 class Rows(NamedTuple):
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         return 0 if self.cos is None else 2 * self.cos.shape[-1]
 
     @property
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self) -> Tables:
         assert self.cos is not None
         assert self.sin is not None
         return self.cos, self.sin

@@ -3,15 +3,13 @@
 Shapes: B batch, T tokens, H heads, D head dimension, R rank of Q, S rank of K.
 """
 
-import os
-
 import torch
 
-from kernels.decode import MOST_QUERIES, TRITON_DTYPES, TRITON_IS_INSTALLED, is_hopper
+from kernels.decode import MOST_QUERIES, TRITON_DTYPES
 from kernels.dispatch import choose
 from kernels.factors import plain
-
-Tables = tuple[torch.Tensor, torch.Tensor]
+from kernels.place import why_no_triton_at
+from kernels.rope import Tables
 
 
 def query_and_key(
@@ -59,14 +57,11 @@ def _why_not_triton(tensors: tuple[torch.Tensor, ...], tables: tuple[torch.Tenso
     """One sentence, or None where the Triton kernel runs."""
     a_q, b_q, _ = tensors
     B, T, _, D = b_q.shape
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
     if torch.compiler.is_compiling():
         return "the compiler makes its own"
-    if not a_q.is_cuda and (os.environ.get("TRITON_INTERPRET") != "1" or a_q.device.type != "cpu"):
-        return "it needs an NVIDIA GPU"
-    if a_q.is_cuda and not is_hopper():
-        return "it is made for the launches of an H100 or later"
+    why = why_no_triton_at(a_q, only_hopper="it is made for the launches of an H100 or later")
+    if why:
+        return why
     if T > MOST_QUERIES:
         return f"it takes at most {MOST_QUERIES} tokens"
     if any(x.dtype != a_q.dtype for x in tensors) or a_q.dtype not in TRITON_DTYPES:

@@ -3,13 +3,11 @@
 Shapes: K inputs, N outputs; leading dimensions of any number.
 """
 
-import os
-
 import torch
 
-from kernels.decode import TRITON_IS_INSTALLED, is_hopper
 from kernels.dispatch import choose
 from kernels.linear import plain
+from kernels.place import why_no_triton_at
 
 # More rows are a matrix product for cuBLAS.
 MOST_ROWS = 32
@@ -71,14 +69,11 @@ def _why_not_triton(
 ) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
     given = [part for part in (x, weight_NK, gate_NK, residual) if part is not None]
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
     if torch.compiler.is_compiling():
         return "the compiler makes its own"
-    if not x.is_cuda and (os.environ.get("TRITON_INTERPRET") != "1" or x.device.type != "cpu"):
-        return "it needs an NVIDIA GPU"
-    if x.is_cuda and not is_hopper():
-        return "it is made for the launches of an H100 or later"
+    why = why_no_triton_at(x, only_hopper="it is made for the launches of an H100 or later")
+    if why:
+        return why
     if x.shape[:-1].numel() > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows"
     if x.dtype not in TRITON_DTYPES or any(part.dtype != x.dtype for part in given):

@@ -3,11 +3,9 @@
 Shapes: N tokens, V vocabulary.
 """
 
-from importlib.util import find_spec
-
 import torch
 
-TRITON_IS_INSTALLED = find_spec("triton") is not None
+from kernels.place import TRITON_IS_INSTALLED
 
 
 def cross_entropy_(

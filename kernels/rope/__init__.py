@@ -1,5 +1,10 @@
 """Rotary position embedding."""
 
+import torch
+
 from kernels.rope.plain import rotate
 
-__all__ = ["rotate"]
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, (T, W/2) or (B, T, W/2), as `rotate` takes them."""
+
+__all__ = ["Tables", "rotate"]
