@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.init import _EmptyInit
 from torch.distributed.tensor import DTensor
 
 from t6_lightning import parallel, ranks, recompute
@@ -72,9 +71,12 @@ class T6Module(pl.LightningModule):
         if hasattr(self, "net"):
             return
         is_replaced = self.goes_on or self.initial_weights is not None
-        # Not on a GPU, whose random numbers differ: one seed gives one model, on any device and by any strategy.
-        with torch.device("cpu"), _EmptyInit(enabled=is_replaced):
+        # Not on a GPU, whose random numbers differ: one seed gives one model, on any device and by any strategy. What
+        # a checkpoint replaces is not drawn at all.
+        with torch.device("meta" if is_replaced else "cpu"):
             self.net = T6(self.config)
+        if is_replaced:
+            self.net.to_empty(device="cpu")
         if self.initial_weights is not None:
             self.net.load_state_dict(self.initial_weights)
         recompute.apply(self.net.blocks, self.recompute_choice)

@@ -65,6 +65,10 @@ def check(trainer: Any, seed: Any) -> None:
         clip,
         "it must be above 0, or null for no clipping",
     )
+    way = trainer.gradient_clip_algorithm
+    require(
+        way in (None, "norm"), "trainer.gradient_clip_algorithm", way, "gradients are clipped by their norm"
+    )
     number = str(trainer.devices)
     is_count = number.lstrip("-").isdecimal()
     require(

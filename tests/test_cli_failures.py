@@ -54,6 +54,7 @@ from t6_lightning.runs import RunFolder
             ["--trainer.gradient_clip_val", "-1"],
             "trainer.gradient_clip_val=-1 is not possible: it must be above",
         ),
+        (["--trainer.gradient_clip_algorithm", "value"], "gradients are clipped by their norm"),
         (
             ["--trainer.devices", "-1"],
             "trainer.devices='-1' is not possible: it must be at least 1, `auto` for",
