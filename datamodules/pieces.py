@@ -24,6 +24,7 @@ from filelock import FileLock
 from datamodules.documents import Document, Source, hash64
 from datamodules.errors import BadData, first_line
 from datamodules.home import t6_home, write_atomically
+from datamodules.json_rows import reach
 from datamodules.stores import LOCAL, Store, StoredFile, count_fault
 from datamodules.token_cache import PieceCache, Shard
 
@@ -180,7 +181,7 @@ class Pieces:
                         max(-row, 0), max(min(ROWS_PER_PIECE - row, len(batch)) - max(-row, 0), 0)
                     )
                     row += len(batch)
-                    values = [_reach(wanted.column(name.split(".")[0]).to_pylist(), name) for name in columns]
+                    values = [reach(wanted.column(name.split(".")[0]).to_pylist(), name) for name in columns]
                     yield from zip(
                         values[0], values[1] if self.domain_field else [None] * len(wanted), strict=True
                     )
@@ -243,7 +244,7 @@ class Pieces:
                 try:
                     row = json.loads(line)
                     names.update(row.keys())
-                    values = [_reach([row.get(name.split(".")[0])], name)[0] for name in columns]
+                    values = [reach([row.get(name.split(".")[0])], name)[0] for name in columns]
                 except (ValueError, TypeError, AttributeError):  # no JSON, or no object
                     count_fault("a malformed row is left out", self._place(file, piece))
                     continue
@@ -415,12 +416,3 @@ def _column_chunks(row_group: "pq.RowGroupMetaData", roots: list[str]) -> list[t
                 begin = min(begin, column.dictionary_page_offset)
             spans.append((begin, begin + column.total_compressed_size))
     return spans
-
-
-def _reach(values: list[Any], name: str) -> list[Any]:
-    """The values of a dotted name, given those of its first part; None where there is none."""
-    for key in name.split(".")[1:]:
-        # Objects whose keys differ from row to row come as JSON text.
-        objects = [json.loads(value) if isinstance(value, str) else value for value in values]
-        values = [each.get(key) if isinstance(each, dict) else None for each in objects]
-    return values
