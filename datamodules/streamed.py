@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 
 from datamodules.base import TokenData
 from datamodules.corpus import DocumentTable, validation_summary
-from datamodules.documents import Document, held_out
+from datamodules.documents import Damage, Document, held_out
 from datamodules.errors import BadData
 from datamodules.home import t6_home, write_atomically
 from datamodules.lanes import Lanes
@@ -92,6 +93,8 @@ class StreamedData(TokenData):
         self.repository, self.revision, self.path = repository, revision, path
         self.text_field, self.domain_field = text_field, domain_field
         self.val_fraction, self.lanes, self.cache_gb, self.patience = val_fraction, lanes, cache_gb, patience
+        self.damage: Damage = Counter()
+        """What is wrong with the pieces read so far in this process."""
 
     @cached_property
     def store(self) -> Store:
@@ -127,8 +130,10 @@ class StreamedData(TokenData):
         return []
 
     def _pieces(self, files: list[StoredFile]) -> Pieces:
-        cache = PieceCache(self.tokenizer, int(self.cache_gb * 1e9))
-        return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain)
+        return self._pieces_in(files, PieceCache(self.tokenizer, int(self.cache_gb * 1e9)))
+
+    def _pieces_in(self, files: list[StoredFile], cache: PieceCache | None) -> Pieces:
+        return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain, self.damage)
 
     @cached_property
     def validation(self) -> tuple[DocumentTable, dict[str, np.ndarray]]:
@@ -159,6 +164,15 @@ class StreamedData(TokenData):
                 break
         for name, (_, document) in too_long.items():
             chosen.setdefault(name, [document])  # the shortest, where all are longer than what is asked for
+        if first == 0:
+            met: Counter[str] = Counter()
+            for (kind, _), times in self.damage.items():
+                met[kind] += times
+            why = ", ".join(f"{kind} ({times:,} x)" for kind, times in met.most_common())
+            raise BadData(
+                f"{'path' if self.path else 'repository'}: no document could be read from {self.store.name}: "
+                f"{why or 'its files hold no text'}."
+            )
         if not chosen:
             raise BadData(
                 f"val_fraction: {fraction} of {first} documents of {self.store.name} leaves none to validate on."
@@ -239,7 +253,7 @@ class StreamedData(TokenData):
 
     def _spread_documents(self) -> Iterator[Document]:
         """Texts of some training pieces, not tokenized, up to TRAINING_BYTES characters."""
-        pieces = Pieces(self.store, self.train_files, None, self.text_field, self.domain_field, self.domain)
+        pieces = self._pieces_in(self.train_files, None)
         characters = 0
         for documents in _round_robin(len(self.train_files), pieces.documents):
             yield from documents

@@ -10,7 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from datamodules.documents import Document, Source, hash64
+from datamodules.documents import Document, Source, hash64, is_unicode
 from datamodules.errors import BadData, first_line
 from datamodules.file_faults import text_lines, zst_is_cut
 from datamodules.json_rows import json_rows, reach
@@ -133,7 +133,7 @@ def _rows(
             where = f"{path}: {place}" if place else str(path)
             if text is not None and not isinstance(text, str):
                 raise BadData(f"{where}: column {text_field!r} holds {type(text).__name__}, not text.")
-            if text and not _is_unicode(text):
+            if text and not is_unicode(text):
                 raise BadData(
                     f"{where}: column {text_field!r} holds half of a surrogate pair, which is no text."
                 )
@@ -191,14 +191,6 @@ def _refuse_missing(path: Path, missing: dict[str, str], present: Iterable[str])
     """BadData for the first of the columns (field -> name) that are not there."""
     for field, name in missing.items():
         raise BadData(f"{field}: {path} has no column {name!r}; present: {', '.join(present)}.")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON may escape single surrogates."""
-    try:
-        return bool(text.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _root(name: str) -> str:
