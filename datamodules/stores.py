@@ -231,7 +231,7 @@ class Hub:
                 if time.monotonic() + wait > give_up:
                     raise SourceUnavailable(
                         f"{self.endpoint} has not given {what} for {self.patience:,.0f} s (last: {kind}); nothing "
-                        "is lost: the same command goes on from the last checkpoint."
+                        "is lost: the same command goes on where it stopped, in training from the last checkpoint."
                     ) from None
                 count_fault(kind, what)
             stop = getattr(background, "stop", None)
