@@ -104,7 +104,10 @@ def test_a_hub_that_stays_away_ends_with_a_sentence_and_nothing_is_lost(hub):
         assert time.monotonic() - began < 10
         said = str(raised.value)
         assert said.startswith(f"{hub.endpoint} has not given HuggingFaceFW/fineweb-edu/sample/10BT/")
-        assert "for 1 s (last: the hub answers HTTP 503); nothing is lost: the same command goes on where it stopped" in said
+        assert (
+            "for 1 s (last: the hub answers HTTP 503); nothing is lost: the same command goes on where it stopped"
+            in said
+        )
         assert "\n" not in said
         hub.down = False
         again = FineWebEdu(**COMMON)

@@ -219,6 +219,12 @@ def test_command_line(files, tmp_path, capsys):
     assert capsys.readouterr().err.strip().endswith("none.jsonl' does not exist.")
 
 
+def test_validation_files_that_hold_all_training_text_are_named(files, home):
+    data = TextFiles(files, val_files={"v": files}, tokenizer="bytes", val_fraction=0.0)
+    with pytest.raises(BadData, match=r"^val_files: they hold all \d+ documents that there are to train on"):
+        data.prepare_data()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
