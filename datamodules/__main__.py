@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from datamodules.errors import BadData, reason_in
 from datamodules.home import t6_home
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from datamodules.base import TokenData
 
 
+TOKENS_MEASURED = 4_000_000
+"""Of a stream, where `inspect` is not told how many."""
 SETTINGS = ("tokenizer", "vocab_size", "context", "val_tokens")
 SETTINGS_OF_FILES = (
+    "files",
     "exclude",
     "val_files",
     "val_fraction",
@@ -36,12 +39,12 @@ SETTINGS_OF_FILES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options, options.rest = _parser().parse_known_args(arguments)
-    if options.rest and not (options.data or options.config):
-        _parser().error(f"unrecognized arguments: {' '.join(options.rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("datamodules").setLevel(logging.INFO)
     try:
+        options, options.rest = _parser().parse_known_args(arguments)
+        if options.rest and not (options.data or options.config):
+            raise BadData(f"{options.rest[0]}: there is no such flag here; --help lists those there are.")
         {"prepare": prepare, "inspect": inspect}[options.command](options)
     except BadData as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,8 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 def prepare(options: argparse.Namespace) -> None:
     """Fill the cache and print what it now holds."""
     data = corpus_of(options)
+    _refuse_tokens(data, options)
     data.prepare_data()
-    if data.streamed and options.tokens:
+    if options.tokens:
         seconds = read_ahead(data, options.tokens)
         print(f"prepared       the first {options.tokens:,} training tokens in {seconds:.1f} s")
     print_counts(data)
@@ -65,11 +69,17 @@ def prepare(options: argparse.Namespace) -> None:
 def inspect(options: argparse.Namespace) -> None:
     """Counts, what simple models reach, sample documents, and measured throughput."""
     data = corpus_of(options)
+    _refuse_tokens(data, options)
     data.prepare_data()
     print_counts(data)
     print_samples(data, options.samples)
     if not options.no_throughput:
         print_throughput(options)
+
+
+def _refuse_tokens(data: "TokenData", options: argparse.Namespace) -> None:
+    if options.tokens is not None and not data.streamed:
+        raise BadData(f"--tokens: it belongs to streams; {type(data).__name__} is read whole.")
 
 
 def read_ahead(data: "TokenData", tokens: int) -> float:
@@ -95,12 +105,21 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TokenData, "data", required=True)
-    try:
-        if options.config:
+    content: Any = None
+    if options.config:
+        try:
             with open(options.config, encoding="utf-8") as file:
                 content = yaml.safe_load(file)
-            if not isinstance(content, dict) or "data" not in content:
-                raise BadData(f"--config: {options.config} has no section `data`.")
+        except OSError as error:
+            raise BadData(f"--config: {options.config} cannot be read ({error.strerror}).") from error
+        except (ValueError, yaml.YAMLError) as error:  # not UTF-8; not YAML
+            raise BadData(
+                f"--config: {options.config} is no YAML: {' '.join(str(error).split())}."
+            ) from error
+        if not isinstance(content, dict) or "data" not in content:
+            raise BadData(f"--config: {options.config} has no section `data`.")
+    try:
+        if options.config:
             parser.set_defaults({"data": content["data"]})
         chosen = ["--data", options.data] if options.data else []
         built: Any = getattr(parser, "instantiate", parser.instantiate_classes)(
@@ -109,7 +128,7 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
         return built.data
     except BadData:
         raise
-    except (jsonargparse.ArgumentError, ValueError, OSError, yaml.YAMLError) as error:
+    except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         said = reason_in(str(error))
         if unknown := re.search(r"Option '(\w+)' is not accepted", said):
             said = f"there is no setting {unknown[1]!r}"
@@ -128,13 +147,13 @@ def corpus_of(options: argparse.Namespace) -> "TokenData":
         return configured_corpus(options)
     from datamodules.corpora import PythonDocs, TextFiles
 
-    if not options.files:
+    if "files" not in of_files:
         for name in of_files:
             raise BadData(f"--{name}: it belongs to --files, which is missing.")
         return PythonDocs(**of_any)
     if "val_files" in of_files:
-        of_files["val_files"] = dict(_named(value) for value in of_files["val_files"])
-    return TextFiles(options.files, **of_files, **of_any)
+        of_files["val_files"] = _named(of_files["val_files"])
+    return TextFiles(**of_files, **of_any)
 
 
 def print_counts(data: "TokenData") -> None:
@@ -172,7 +191,7 @@ def print_samples(data: "TokenData", number: int) -> None:
 def print_throughput(options: argparse.Namespace) -> None:
     """Read, tokenize and pack in this process from an empty cache; then pack from the cache.
 
-    Everything, or the first `--tokens` of a stream.
+    Everything, or the first `--tokens` (TOKENS_MEASURED) of a stream.
     """
     from datamodules.lanes import close_all
 
@@ -184,13 +203,14 @@ def print_throughput(options: argparse.Namespace) -> None:
         if data.streamed:
             data.prepare_data()  # validation text and the list of files
         began, cpu = time.perf_counter(), time.process_time()
-        tokens = _pack(data, options.tokens)
+        number = TOKENS_MEASURED if options.tokens is None else options.tokens
+        tokens = _pack(data, number)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         speed = f"{tokens / seconds / 1e6:.2f} M tokens/s"
         print(f"\nread + tokenize + pack  {speed} ({tokens:,} in {seconds:.2f} s, {cpu:.2f} s of CPU time)")
         close_all()  # what was read ahead goes on being tokenized
         began = time.perf_counter()
-        tokens = _pack(data, options.tokens)
+        tokens = _pack(data, number)
         print(f"pack from the cache     {tokens / (time.perf_counter() - began) / 1e6:.2f} M tokens/s")
 
 
@@ -228,15 +248,28 @@ def _count(value: str) -> int:
     return int(value)
 
 
-def _named(value: str) -> tuple[str, str]:
-    name, equals, path = value.partition("=")
-    if not (name and equals and path):
-        raise BadData(f"--val_files: {value!r} is not allowed; allowed: DOMAIN=PATH.")
-    return name, path
+def _named(values: list[str]) -> dict[str, list[str] | str]:
+    """DOMAIN=PATH, ... -> paths by domain."""
+    named: dict[str, list[str] | str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise BadData(f"--val_files: {value!r} is not allowed; allowed: DOMAIN=PATH.")
+        if name in named:
+            raise BadData(f"--val_files: {value!r} names {name!r} again; allowed: each DOMAIN once.")
+        named[name] = path
+    return named
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadData(f"{message.removeprefix('argument ').rstrip('.')}.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m datamodules",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,16 +278,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("prepare", prepare), ("inspect", inspect)):
         command = commands.add_parser(name, help=function.__doc__)
-        command.add_argument(
-            "--files", nargs="+", metavar="PATH", help="TextFiles on these; without: PythonDocs"
-        )
         command.add_argument("--data", metavar="NAME", help="any data module; its settings as --data.SETTING")
         command.add_argument("--config", metavar="FILE", help="YAML with a section `data`")
-        command.add_argument(
-            "--tokens", type=_count, default=0 if name == "prepare" else 4_000_000, help="of a stream to read"
-        )
+        command.add_argument("--tokens", type=_count, help="of a stream to read")
         # What is not given is left to the data module.
         setting = partial(command.add_argument, default=argparse.SUPPRESS)
+        setting("--files", nargs="+", metavar="PATH", help="TextFiles on these; without: PythonDocs")
         setting("--exclude", nargs="+", metavar="GLOB", help="file names to leave out")
         setting("--val_files", nargs="+", metavar="DOMAIN=PATH")
         setting("--val_fraction", type=float)
@@ -266,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         setting("--context", type=int)
         setting("--val_tokens", type=int, help="at most so many per domain")
         if name == "inspect":
-            command.add_argument("--samples", type=int, default=3, help="documents to show")
+            command.add_argument("--samples", type=_count, default=3, help="documents to show")
             command.add_argument("--no_throughput", action="store_true", help="do not measure")
     return parser
 

@@ -63,7 +63,8 @@ class TokenData(LightningDataModule, ABC):
         self._position = _Position()
         self._windows: dict[str, Windows] = {}
         self.faults: Counter[str] = Counter()
-        """kind of fault in reading -> how often it was met while the batches so far were made."""
+        """kind of fault in reading -> how often it was met in preparation and while the batches so far were made."""
+        self._faults_told = stores.faults.copy()
         self.repeats_when_cut_off = False
         """Whether, where a source cannot be reached any more, the last training batch (one of nothing before the
         first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
@@ -159,6 +160,7 @@ class TokenData(LightningDataModule, ABC):
         start + (m*W + r)*B .. + B - 1."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._windows = self.training_windows(self.validation_keys())
+        self.faults.update(_new_faults(self._faults_told))
         return self._loader(_TrainingStream(self, self._windows, rank, world))
 
     def epochs(self) -> dict[str, float]:
@@ -340,7 +342,7 @@ class _TrainingStream(IterableDataset):
         self.windows, self.rank, self.world = list(windows.values()), rank, world
         self.position, self.locate = data._position, data.locate
         self.batch_size, self.context = data.batch_size, data.context
-        self.faults_told = stores.faults.copy()
+        self.faults_told = data._faults_told
 
     def __len__(self) -> int:
         return ENDLESS
@@ -376,9 +378,8 @@ class _TrainingStream(IterableDataset):
             nothing = (-1,) * 7
             marks = [nothing if lane is None else (source, *lane) for source, lane in seen]
             batch["marks"] = torch.from_numpy(np.array(marks))
-        if faults := stores.faults - self.faults_told:
+        if faults := _new_faults(self.faults_told):
             batch["faults"] = dict(faults)
-            self.faults_told = stores.faults.copy()
         return batch
 
 
@@ -393,6 +394,13 @@ class _ValidationStream(IterableDataset):
         worker, step = _worker()
         for batch in range(worker, len(self), step):
             yield self.windows.batch(batch * self.batch_size, self.batch_size)
+
+
+def _new_faults(told: Counter[str]) -> Counter[str]:
+    """The faults of this process that are not in `told`; they are added to it."""
+    new = stores.faults.copy() - told
+    told.update(new)
+    return new
 
 
 def _worker() -> tuple[int, int]:

@@ -80,6 +80,10 @@ class Corpus:
             log.info("%d training documents occur in val_files and are left out of training.", repeated.sum())
         self.training_documents = np.flatnonzero(~validates & ~repeated)
         """Numbers of the training documents, int64."""
+        if len(self.training_documents) == 0 and repeated.any():
+            raise BadData(
+                f"val_files: they hold all {repeated.sum()} documents that there are to train on; name other files."
+            )
         if len(self.training_documents) == 0:
             raise BadData(
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to train on."

@@ -1,8 +1,9 @@
 """A document, and a source of documents: what corpora hand to the token cache."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ class Document(NamedTuple):
     """64-bit hash that decides on which side of the train/validation split the document falls."""
 
 
+Damage = Counter[tuple[str, str]]
+"""(kind, place) -> how often: what is wrong with stored data and had to be left out."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One file, or a set of files always read as a whole. It becomes one entry of the token cache."""
@@ -25,12 +30,23 @@ class Source:
     """Changes whenever `documents()` could yield something else; part of the cache key."""
     documents: Callable[[], Iterator[Document]]
     """Yields every document, always in the same order."""
+    damage: Damage = field(default_factory=Counter)
+    """What `documents()` has left out, once it is read."""
 
 
 def hash64(text: str) -> int:
     """Stable 64-bit hash of a text, uniform over [0, 2^64)."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:

@@ -1,36 +1,35 @@
-"""What is wrong with a text file that a reader refused, and on which line: asked only after the refusal."""
+"""Local files as lines of text, plain, .gz or .zst, and what is wrong with them."""
 
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from datamodules.errors import BadData
 
-def first_fault(path: Path, builder: str) -> str | None:
-    """One clause naming the first bad line of a .txt or JSON-lines file; None where nothing is found."""
-    if builder == "parquet":
-        return None
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines with their ends, decompressed, without a byte order mark. Raises BadData naming the first bad
+    line."""
     number = 0
-    try:
-        for number, line in enumerate(_lines(path), start=1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                return f"line {number}, byte {error.start + 1} of it (0x{byte:02x}) is not UTF-8"
-            if number == 1 and builder == "json" and text.lstrip("\ufeff \t").startswith("["):
-                return None  # one JSON array: its errors are no line's
-            if builder == "json" and text.strip():
-                try:
-                    row = json.loads(text.lstrip("\ufeff") if number == 1 else text)
-                except json.JSONDecodeError as error:
-                    return f"line {number} is not JSON ({error.msg}, column {error.colno})"
-                if not isinstance(row, dict):
-                    return f"line {number} is a JSON {type(row).__name__}, not an object"
-    except Exception as error:  # the decompressor's
-        return f"the compressed data is damaged after line {number} ({error or type(error).__name__})"
-    return None
+    lines = _lines(path)
+    while True:
+        try:
+            line = next(lines, None)
+        except Exception as error:  # the decompressor's
+            raise BadData(
+                f"{path}: the compressed data is damaged after line {number} ({error or type(error).__name__})."
+            ) from error
+        if line is None:
+            return
+        number += 1
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadData(
+                f"{path}: line {number}, byte {error.start + 1} of it (0x{line[error.start]:02x}) is not UTF-8."
+            ) from error
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def zst_is_cut(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Several corpora as one: each training window comes whole from one of them, in the shares asked for."""
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -22,6 +23,12 @@ log = logging.getLogger(__name__)
 
 RESOLUTION = 1 << 32
 """Weights are kept as whole numbers that add up to about this: counts of samples stay exact for ever."""
+
+
+OVERRULED = {"tokenizer": "tokenizer_spec"} | {
+    name: name for name in ("vocab_size", "context", "batch_size", "num_workers", "seed")
+}
+"""Setting -> attribute of what only the mixture decides."""
 
 
 class Shares:
@@ -97,7 +104,7 @@ class Mixture(TokenData):
         self,
         sources: dict[str, TokenData],
         weights: dict[str, float],
-        schedule: dict[int, dict[str, float]] | None = None,
+        schedule: dict[Any, dict[str, float]] | None = None,
         **common: Any,
     ):
         super().__init__(**common)
@@ -108,10 +115,8 @@ class Mixture(TokenData):
                 raise BadData(
                     f"sources.{name}: {type(source).__name__} is not allowed; allowed: corpora of text."
                 )
-        if wrong := [tokens for tokens in schedule or {} if tokens < 1]:
-            raise BadData(f"schedule: {wrong[0]} is not allowed; allowed: numbers of tokens from 1 on.")
         self.sources: dict[str, Any] = sources
-        self.phases = {0: weights, **(schedule or {})}
+        self.phases = {0: weights} | {_tokens(begin): later for begin, later in (schedule or {}).items()}
         for tokens, chosen in self.phases.items():
             field = f"schedule.{tokens}" if tokens else "weights"
             if set(chosen) != set(sources):
@@ -123,6 +128,23 @@ class Mixture(TokenData):
                     f"{field}: {chosen} is not allowed; allowed: finite weights from 0 on that are not all 0."
                 )
         self._shares: Shares | None = None
+        self._warn_of_overruled()
+
+    def _warn_of_overruled(self) -> None:
+        """Of settings of the sources in whose place those of the mixture hold."""
+        defaults = inspect.signature(TokenData.__init__).parameters
+        for setting, attribute in OVERRULED.items():
+            holds = getattr(self, attribute)
+            for name, source in self.sources.items():
+                given = getattr(source, attribute)
+                if given not in (holds, defaults[setting].default):
+                    log.warning(
+                        "sources.%s.%s: %r is not used: the mixture's %r holds for all its sources.",
+                        name,
+                        setting,
+                        given,
+                        holds,
+                    )
 
     def _each(self) -> Iterator[tuple[str, Any]]:
         """The sources, with the mixture's settings."""
@@ -224,3 +246,14 @@ class Mixture(TokenData):
         for name, source in self._each():
             if state.get(name):
                 source.restore_order(state[name])
+
+
+def _tokens(begin: Any) -> int:
+    """A key of `schedule`, which YAML and JSON may give as text. Raises BadData."""
+    try:
+        number = float(begin)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number >= 1 and number.is_integer()):
+        raise BadData(f"schedule: {begin!r} is not allowed; allowed: whole numbers of tokens from 1 on.")
+    return int(number)

@@ -12,18 +12,20 @@ import io
 import json
 import logging
 import os
+import threading
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from datamodules.documents import Document, Source, hash64
+from datamodules.documents import Damage, Document, Source, hash64, is_unicode
 from datamodules.errors import BadData, first_line
 from datamodules.home import t6_home, write_atomically
+from datamodules.json_rows import reach
 from datamodules.stores import LOCAL, Store, StoredFile, count_fault
 from datamodules.token_cache import PieceCache, Shard
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECIPE = 1
+RECIPE = 2
 """Part of the cache key: raise it whenever the same bytes would give other documents."""
 
 LINES_BYTES = 2 << 20
@@ -71,6 +73,7 @@ class Pieces:
         cache: Where tokenized pieces are kept; None where only texts are asked for.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's domain; None: all are `domain`.
+        told: Damage of pieces read before, which is not counted as a fault again; what is met is added to it.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Pieces:
         text_field: str,
         domain_field: str | None,
         domain: str,
+        told: Damage | None = None,
     ):
+        self.told: Damage = Counter() if told is None else told
         self.store, self.files, self.cache = store, files, cache
         self.text_field, self.domain_field, self.domain = text_field, domain_field, domain
         self._start_anew()
@@ -105,13 +110,15 @@ class Pieces:
         where nobody has read it to the end yet."""
         if file not in self._groups:
             try:
-                self._groups[file] = json.loads(self._kept("counts", file).read_text())
+                kept = json.loads(self._kept("counts", file).read_text())
+                self._groups[file] = kept["pieces"]
+                self._tell(Counter({(kind, place): n for kind, place, n in kept["damage"]}))
             except (OSError, ValueError):
                 if not self.is_parquet(file):
                     return None
                 footer = self._footer(file)
                 rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-                self._note_groups(file, [-(-n // ROWS_PER_PIECE) for n in rows])
+                self._note_groups(file, [-(-n // ROWS_PER_PIECE) for n in rows], Counter())
         return self._groups[file]
 
     def _is_behind(self, file: int, piece: int) -> bool:
@@ -127,29 +134,51 @@ class Pieces:
             return None
         name = f"{self.files[file].path}, piece {piece}"
         assert self.cache is not None
+        damage: Damage = Counter()
         try:
-            return self.cache.shard(
-                Source(name, self._identity(file, str(piece)), lambda: self._documents(file, piece))
+            shard = self.cache.shard(
+                Source(
+                    name,
+                    self._identity(file, str(piece)),
+                    lambda: self._documents(file, piece, damage),
+                    damage,
+                )
             )
         except _End:
             return None
+        self._tell(shard.damage)
+        return shard
 
     def documents(self, file: int, piece: int) -> list[Document] | None:
         """The texts of a piece, not cached; None behind the end of the file."""
         if self._is_behind(file, piece):
             return None
+        damage: Damage = Counter()
         try:
-            return list(self._documents(file, piece))
+            documents = list(self._documents(file, piece, damage))
         except _End:
             return None
+        self._tell(damage)
+        return documents
 
-    def _documents(self, file: int, piece: int) -> Iterator[Document]:
-        rows = self._row_group(file, piece) if self.is_parquet(file) else self._line_rows(file, piece)
+    def _tell(self, damage: Damage) -> None:
+        """Count damage as faults, also where it is known from the cache; once each."""
+        for (kind, place), times in damage.items():
+            with _telling:
+                new = (kind, place) not in self.told
+                self.told[kind, place] = times
+            if new:
+                count_fault(kind, place, times)
+
+    def _documents(self, file: int, piece: int, damage: Damage) -> Iterator[Document]:
+        rows = self._row_group(file, piece) if self.is_parquet(file) else self._line_rows(file, piece, damage)
         for text, label in rows:
-            if isinstance(text, str) and text:
+            if isinstance(text, str) and not is_unicode(text):
+                damage["a row with half of a surrogate pair is left out", self._place(file, piece)] += 1
+            elif isinstance(text, str) and text:
                 yield Document(text, self.domain if label is None else str(label), hash64(text))
             elif text is not None and text != "":
-                count_fault("a row without text in its text column is left out", self._place(file, piece))
+                damage["a row without text in its text column is left out", self._place(file, piece)] += 1
 
     def _row_group(self, file: int, piece: int) -> Iterator[tuple[Any, Any]]:
         import pyarrow.parquet as pq
@@ -180,7 +209,7 @@ class Pieces:
                         max(-row, 0), max(min(ROWS_PER_PIECE - row, len(batch)) - max(-row, 0), 0)
                     )
                     row += len(batch)
-                    values = [_reach(wanted.column(name.split(".")[0]).to_pylist(), name) for name in columns]
+                    values = [reach(wanted.column(name.split(".")[0]).to_pylist(), name) for name in columns]
                     yield from zip(
                         values[0], values[1] if self.domain_field else [None] * len(wanted), strict=True
                     )
@@ -225,16 +254,20 @@ class Pieces:
                 os.replace(beside, kept)
             return footer
 
-    def _line_rows(self, file: int, piece: int) -> Iterator[tuple[Any, Any]]:
+    def _line_rows(self, file: int, piece: int, damage: Damage) -> Iterator[tuple[Any, Any]]:
         if file not in self._lines or self._lines[file].next > piece:
-            self._lines[file] = _Lines(self.store, self.files[file], partial(self._place, file))
+            self._lines[file] = _Lines(self.store, self.files[file])
+        reader = self._lines[file]
         try:
-            lines = self._lines[file].piece(piece)
+            lines = reader.piece(piece)
         except BaseException:
             del self._lines[file]  # it stands in the middle of something
             raise
+        damage.update({(kind, self._place(file)): n for kind, n in reader.damage.items()})
         if lines is None:
-            self._note_groups(file, [self._lines.pop(file).next])
+            del self._lines[file]
+            self._note_groups(file, [reader.next], damage)
+            self._tell(damage)
             raise _End
         columns = [self.text_field, *([self.domain_field] if self.domain_field else [])]
         names: set[str] = set()
@@ -243,9 +276,9 @@ class Pieces:
                 try:
                     row = json.loads(line)
                     names.update(row.keys())
-                    values = [_reach([row.get(name.split(".")[0])], name)[0] for name in columns]
+                    values = [reach([row.get(name.split(".")[0])], name)[0] for name in columns]
                 except (ValueError, TypeError, AttributeError):  # no JSON, or no object
-                    count_fault("a malformed row is left out", self._place(file, piece))
+                    damage["a malformed row is left out", self._place(file, piece)] += 1
                     continue
                 yield values[0], values[1] if self.domain_field else None
         if names and (missing := [name for name in columns if name.split(".")[0] not in names]):
@@ -269,9 +302,13 @@ class Pieces:
         key = hashlib.sha256(self._identity(file, kind).encode()).hexdigest()[:32]
         return t6_home() / "tokens" / kind / key
 
-    def _note_groups(self, file: int, groups: list[int]) -> None:
+    def _note_groups(self, file: int, groups: list[int], damage: Damage) -> None:
         self._groups[file] = groups
-        write_atomically(self._kept("counts", file), json.dumps(groups) + "\n")
+        note = {"pieces": groups, "damage": [[*what, times] for what, times in damage.items()]}
+        write_atomically(self._kept("counts", file), json.dumps(note) + "\n")
+
+
+_telling = threading.Lock()
 
 
 class _End(Exception):
@@ -281,11 +318,13 @@ class _End(Exception):
 class _Lines:
     """Reads a file of lines forward, piece by piece."""
 
-    def __init__(self, store: Store, file: StoredFile, place: Callable[[], str]):
+    def __init__(self, store: Store, file: StoredFile):
         self.next = 0
         """Number of the piece that comes next."""
+        self.damage: Counter[str] = Counter()
+        """Why the file ends before its end, where it does."""
         self._skipping = False
-        self._pieces = _cut(_decompressed(self._stored(store, file), file.path, place))
+        self._pieces = _cut(_decompressed(self._stored(store, file), file.path, self.damage))
 
     def piece(self, number: int) -> bytes | None:
         """The lines of a piece not before `next`; None behind the end, and `next` is then their number."""
@@ -306,8 +345,9 @@ class _Lines:
             size = min(2 * size, most) if self._skipping else FETCHED_AT_ONCE[0]
 
 
-def _decompressed(chunks: Iterator[bytes], path: str, place: Callable[[], str]) -> Iterator[bytes]:
-    """The text of a .gz or .zst, all its members; other files as they are. What is cut or damaged ends there."""
+def _decompressed(chunks: Iterator[bytes], path: str, damage: Counter[str]) -> Iterator[bytes]:
+    """The text of a .gz or .zst, all its members; other files as they are. What is cut or damaged ends there, and
+    `damage` then says so."""
     if path.endswith(".gz"):
         begin: Callable[[], Any] = lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)  # noqa: E731
     elif path.endswith(".zst"):
@@ -331,10 +371,10 @@ def _decompressed(chunks: Iterator[bytes], path: str, place: Callable[[], str]) 
     except BadData:
         raise
     except Exception as error:  # zlib's or zstandard's
-        count_fault(f"the file is damaged ({first_line(error)}); what follows in it is left out", place())
+        damage[f"the file is damaged ({first_line(error)}); what follows in it is left out"] += 1
         return
     if member is not None:
-        count_fault("the file is cut off; what is whole in it is read", place())
+        damage["the file is cut off; what is whole in it is read"] += 1
 
 
 def _cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -415,12 +455,3 @@ def _column_chunks(row_group: "pq.RowGroupMetaData", roots: list[str]) -> list[t
                 begin = min(begin, column.dictionary_page_offset)
             spans.append((begin, begin + column.total_compressed_size))
     return spans
-
-
-def _reach(values: list[Any], name: str) -> list[Any]:
-    """The values of a dotted name, given those of its first part; None where there is none."""
-    for key in name.split(".")[1:]:
-        # Objects whose keys differ from row to row come as JSON text.
-        objects = [json.loads(value) if isinstance(value, str) else value for value in values]
-        values = [each.get(key) if isinstance(each, dict) else None for each in objects]
-    return values

@@ -36,10 +36,10 @@ background = threading.local()
 """`background.stop`: an Event of the present thread that ends its waiting for a hub that is away."""
 
 
-def count_fault(kind: str, where: str) -> None:
+def count_fault(kind: str, where: str, times: int = 1) -> None:
     """Count a fault; the first of each kind is logged."""
-    faults[kind] += 1
-    if faults[kind] == 1:
+    faults[kind] += times
+    if faults[kind] == times:
         log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
 
 
@@ -231,7 +231,7 @@ class Hub:
                 if time.monotonic() + wait > give_up:
                     raise SourceUnavailable(
                         f"{self.endpoint} has not given {what} for {self.patience:,.0f} s (last: {kind}); nothing "
-                        "is lost: the same command goes on from the last checkpoint."
+                        "is lost: the same command goes on where it stopped, in training from the last checkpoint."
                     ) from None
                 count_fault(kind, what)
             stop = getattr(background, "stop", None)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 
 from datamodules.base import TokenData
 from datamodules.corpus import DocumentTable, validation_summary
-from datamodules.documents import Document, held_out
+from datamodules.documents import Damage, Document, held_out
 from datamodules.errors import BadData
 from datamodules.home import t6_home, write_atomically
 from datamodules.lanes import Lanes
@@ -44,7 +45,8 @@ class StreamedData(TokenData):
     Args:
         repository: "owner/name" of a data set on the hub (HF_ENDPOINT, HF_TOKEN).
         revision: Branch, tag or commit. The commit is kept in T6_HOME and in checkpoints.
-        path: A local folder that mirrors the repository, or just holds such files; nothing is downloaded then.
+        path: A local folder that mirrors the repository, or just holds such files (leave `config` out then); nothing
+            is downloaded.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's validation domain; null: one domain.
         val_tokens: At most this many validation tokens per domain, in whole documents.
@@ -63,6 +65,8 @@ class StreamedData(TokenData):
     """Which files only validate."""
     domain: str
     """Name of the validation domain where no column tells."""
+    config: str | None = None
+    """The part of the repository that was chosen, where it is not the usual one."""
 
     def __init__(
         self,
@@ -92,6 +96,8 @@ class StreamedData(TokenData):
         self.repository, self.revision, self.path = repository, revision, path
         self.text_field, self.domain_field = text_field, domain_field
         self.val_fraction, self.lanes, self.cache_gb, self.patience = val_fraction, lanes, cache_gb, patience
+        self.damage: Damage = Counter()
+        """What is wrong with the pieces read so far in this process."""
 
     @cached_property
     def store(self) -> Store:
@@ -101,11 +107,11 @@ class StreamedData(TokenData):
     def train_files(self) -> list[StoredFile]:
         """Sorted by path. Raises BadData where there are none."""
         validate = set(self.val_files)
-        for patterns in (self.train_patterns, *([["*train*"], ["*"]] if self.path else [])):
+        for patterns in (self.train_patterns, *([["*train*"], ["*"]] if self._takes_any else [])):
             found = [file for file in self.store.files(patterns) if readable(file.path)]
             if files := [file for file in found if file not in validate and file.size > 0]:
                 return files
-        if self.path:
+        if self._takes_any:
             files = [file for file in self.store.files(["*"]) if readable(file.path)]
             empty = sum(file.size == 0 for file in files)
             raise BadData(
@@ -113,22 +119,33 @@ class StreamedData(TokenData):
                 f"of which {empty} are empty and {len(validate)} only validate."
             )
         looked_for = " or ".join(self.train_patterns)
+        chosen = "repository:" if self.config is None else f"config: for {self.config!r}"
         raise BadData(
-            f"repository: {self.store.name} ({self.store.revision}) has no parquet or JSON-lines file {looked_for}."
+            f"{chosen} {self.store.name} ({self.store.revision}) has no parquet or JSON-lines file {looked_for}."
         )
+
+    @property
+    def _takes_any(self) -> bool:
+        """Whether files are taken under other names than the repository's: a folder may just hold some."""
+        return self.path is not None and self.config is None
 
     @cached_property
     def val_files(self) -> list[StoredFile]:
         """Files that only validate; none where the source has no such split."""
-        for patterns in (self.val_patterns, *([["*validation*", "*val.*", "*val-*"]] if self.path else [])):
+        for patterns in (
+            self.val_patterns,
+            *([["*validation*", "*val.*", "*val-*"]] if self._takes_any else []),
+        ):
             found = self.store.files(patterns) if self.val_patterns else []
             if files := [file for file in found if readable(file.path) and file.size > 0]:
                 return files
         return []
 
     def _pieces(self, files: list[StoredFile]) -> Pieces:
-        cache = PieceCache(self.tokenizer, int(self.cache_gb * 1e9))
-        return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain)
+        return self._pieces_in(files, PieceCache(self.tokenizer, int(self.cache_gb * 1e9)))
+
+    def _pieces_in(self, files: list[StoredFile], cache: PieceCache | None) -> Pieces:
+        return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain, self.damage)
 
     @cached_property
     def validation(self) -> tuple[DocumentTable, dict[str, np.ndarray]]:
@@ -159,6 +176,15 @@ class StreamedData(TokenData):
                 break
         for name, (_, document) in too_long.items():
             chosen.setdefault(name, [document])  # the shortest, where all are longer than what is asked for
+        if first == 0:
+            met: Counter[str] = Counter()
+            for (kind, _), times in self.damage.items():
+                met[kind] += times
+            why = ", ".join(f"{kind} ({times:,} x)" for kind, times in met.most_common())
+            raise BadData(
+                f"{'path' if self.path else 'repository'}: no document could be read from {self.store.name}: "
+                f"{why or 'its files hold no text'}."
+            )
         if not chosen:
             raise BadData(
                 f"val_fraction: {fraction} of {first} documents of {self.store.name} leaves none to validate on."
@@ -239,7 +265,7 @@ class StreamedData(TokenData):
 
     def _spread_documents(self) -> Iterator[Document]:
         """Texts of some training pieces, not tokenized, up to TRAINING_BYTES characters."""
-        pieces = Pieces(self.store, self.train_files, None, self.text_field, self.domain_field, self.domain)
+        pieces = self._pieces_in(self.train_files, None)
         characters = 0
         for documents in _round_robin(len(self.train_files), pieces.documents):
             yield from documents
@@ -282,6 +308,7 @@ class FineWebEdu(StreamedData):
         self, config: str = "sample-10BT", repository: str = "HuggingFaceFW/fineweb-edu", **common: Any
     ):
         super().__init__(repository, **common)
+        self.config = None if config == "sample-10BT" else config
         folder = {"default": "data"}.get(config, config.replace("sample-", "sample/"))
         self.train_patterns = [f"{folder if '/' in folder or folder == 'data' else 'data/' + folder}/*"]
 
@@ -297,6 +324,7 @@ class C4(StreamedData):
 
     def __init__(self, config: str = "en", repository: str = "allenai/c4", **common: Any):
         super().__init__(repository, **common)
+        self.config = None if config == "en" else config
         if config in ("en", "en.noblocklist", "en.noclean", "realnewslike"):
             prefix, train, validation = f"{config}/c4", "-train.", "-validation."
         else:

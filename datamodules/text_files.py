@@ -1,28 +1,32 @@
-"""Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst, through `datasets` streaming."""
+"""Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst, each row as it is written."""
 
 import glob
-import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from datamodules.documents import Document, Source, hash64
+from datamodules.documents import Document, Source, hash64, is_unicode
 from datamodules.errors import BadData, first_line
-from datamodules.file_faults import first_fault, zst_is_cut
+from datamodules.file_faults import text_lines, zst_is_cut
+from datamodules.json_rows import json_rows, reach
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TxtDocuments = Literal["file", "line", "paragraph"]
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 COMPRESSIONS = (".gz", ".zst")
-SUFFIXES = ", ".join(BUILDERS) + ", the text formats also with " + " or ".join(COMPRESSIONS)
+SUFFIXES = ", ".join(FORMATS) + ", the text formats also with " + " or ".join(COMPRESSIONS)
 
 ROWS_AT_ONCE = 256
+ROWS_THAT_TELL = 10_000
+"""A column that occurs in none of so many first rows of a JSON file is refused there and then."""
 
 
 def find_files(
@@ -60,13 +64,13 @@ def find_files(
 
 
 def builder_of(path: Path) -> str:
-    """Which of `datasets`' readers takes the file, by its suffix. Raises BadData for one that none takes."""
+    """Which reader takes the file, by its suffix. Raises BadData for one that none takes."""
     suffixes = path.suffixes
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     suffix = suffixes[-2] if compressed and len(suffixes) > 1 else path.suffix
-    if suffix not in BUILDERS or (compressed and suffix == ".parquet"):
+    if suffix not in FORMATS or (compressed and suffix == ".parquet"):
         raise BadData(f"{path}: the suffix {path.suffix!r} is not supported; allowed: {SUFFIXES}.")
-    return BUILDERS[suffix]
+    return FORMATS[suffix]
 
 
 def _readable(path: Path) -> bool:
@@ -119,35 +123,90 @@ def _rows(
         raise BadData(f"{path}: the compressed data is cut off; fetch or make the file again.")
     if builder == "text":
         text_field, domain_field = "text", None
+    if builder == "json":
+        values = _json_values(path, text_field, domain_field)
+    else:
+        values = _table_values(path, builder, text_field, domain_field, txt)
     some = False
     try:
-        for table in _tables(path, builder, txt):
-            texts = _column(table, text_field, path, "text_field")
-            labels: list[str | None] = [None] * len(texts)
-            if domain_field is not None:
-                labels = [str(label) for label in _column(table, domain_field, path, "domain_field")]
-            for text, label in zip(texts, labels, strict=True):
-                if text is not None and not isinstance(text, str):
-                    raise BadData(f"{path}: column {text_field!r} holds {type(text).__name__}, not text.")
-                if text:
-                    some = True
-                    yield text, label
+        for place, text, label in values:
+            where = f"{path}: {place}" if place else str(path)
+            if text is not None and not isinstance(text, str):
+                raise BadData(f"{where}: column {text_field!r} holds {type(text).__name__}, not text.")
+            if text and not is_unicode(text):
+                raise BadData(
+                    f"{where}: column {text_field!r} holds half of a surrogate pair, which is no text."
+                )
+            if text:
+                some = True
+                yield text, None if domain_field is None else str(label)
     except BadData:
         raise
-    except Exception as error:  # pyarrow, zlib, zstandard, codecs and pandas each raise their own
-        raise BadData(f"{path}: {first_fault(path, builder) or first_line(error)}.") from error
+    except Exception as error:  # pyarrow, zlib, zstandard and codecs each raise their own
+        if builder == "text":
+            deque(text_lines(path), maxlen=0)  # where a line is at fault, it names the line
+        raise BadData(f"{path}: {first_line(error)}.") from error
     if not some:
         raise BadData(f"{path} holds no text: no row of it has a non-empty {text_field!r}.")
+
+
+Value = tuple[str, Any, Any]
+"""(place in the file or "", text, label) of a row, as they are written"""
+
+
+def _json_values(path: Path, text_field: str, domain_field: str | None) -> Iterator[Value]:
+    missing = {"text_field": text_field} | ({"domain_field": domain_field} if domain_field else {})
+    names = list(missing.values())
+    present: dict[str, None] = {}
+    for number, (place, row) in enumerate(json_rows(path), start=1):
+        try:
+            values = [row[name] if name in row else reach([row.get(_root(name))], name)[0] for name in names]
+        except ValueError as error:
+            raise BadData(f"{path}: {place} holds text in the way of {' or '.join(names)}.") from error
+        if missing:
+            present |= dict.fromkeys(row)
+            for field, name in list(missing.items()):
+                if name in row or values[names.index(name)] is not None:
+                    del missing[field]
+            if number == ROWS_THAT_TELL:
+                _refuse_missing(path, missing, present)
+        yield place, values[0], values[1] if domain_field else None
+    _refuse_missing(path, missing, present)
+
+
+def _table_values(
+    path: Path, builder: str, text_field: str, domain_field: str | None, txt: TxtDocuments
+) -> Iterator[Value]:
+    for number, table in enumerate(_tables(path, builder, txt)):
+        texts = _column(table, text_field, path, "text_field")
+        labels: Iterable[Any] = repeat(None)
+        if domain_field is not None:
+            labels = _column(table, domain_field, path, "domain_field")
+        if builder == "text" and number == 0:
+            texts[0] = texts[0].removeprefix("\ufeff")  # a byte order mark is no text
+        yield from zip(repeat(""), texts, labels, strict=False)
+
+
+def _refuse_missing(path: Path, missing: dict[str, str], present: Iterable[str]) -> None:
+    """BadData for the first of the columns (field -> name) that are not there."""
+    for field, name in missing.items():
+        raise BadData(f"{field}: {path} has no column {name!r}; present: {', '.join(present)}.")
+
+
+def _root(name: str) -> str:
+    return name.split(".")[0]
 
 
 def _tables(path: Path, builder: str, txt: TxtDocuments) -> Iterator["pa.Table"]:
     import datasets
 
-    # It logs each error that it raises; here the raised one is said once, with its line.
-    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
+    # It logs each error that it raises; here the raised one is said once.
+    logging.getLogger("datasets.packaged_modules.parquet.parquet").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
     if builder == "text":
         options["sample_by"] = "document" if txt == "file" else txt
+    else:
+        options["batch_size"] = ROWS_AT_ONCE  # else that of the first row group, which may have none
     # The reader gets one file by its exact name: [ ] * ? in it are no pattern.
     stream = datasets.load_dataset(
         builder, data_files=[glob.escape(str(path))], split="train", streaming=True, **options
@@ -160,13 +219,9 @@ def _column(table: "pa.Table", name: str, path: Path, field: str) -> list[Any]:
     """Values of a column; a dotted name (meta.pile_set_name) reaches into structs."""
     if name in table.column_names:
         return table.column(name).to_pylist()
-    outer, *inner = name.split(".")
-    if inner and outer in table.column_names:
-        values = table.column(outer).to_pylist()
-        for key in inner:
-            # Objects whose keys differ from row to row come as JSON text.
-            objects = [json.loads(value) if isinstance(value, str) else value for value in values]
-            values = [each.get(key) if isinstance(each, dict) else None for each in objects]
+    if _root(name) in table.column_names:
+        values = reach(table.column(_root(name)).to_pylist(), name)
         if any(value is not None for value in values):
             return values
-    raise BadData(f"{field}: {path} has no column {name!r}; present: {', '.join(table.column_names)}.")
+    _refuse_missing(path, {field: name}, table.column_names)
+    return []

@@ -11,7 +11,8 @@ T6_HOME/tokens/KEY, or T6_HOME/tokens/pieces/KEY, is a safetensors file, written
     counts       int64  (vocab_size,)        how often each id occurs; not for pieces
     token_bytes  uint32 (n_tokens,)          bytes each token covers; only where an id does not tell
 
-and its metadata: `domains` (a JSON list), what it was made of, and a SHA-256 of arrays and domains.
+and its metadata: `domains` (a JSON list), `damage` (what had to be left out, a JSON list of [kind, place, how often]),
+what it was made of, and a SHA-256 of arrays and domains.
 
 KEY hashes the source's identity (for a file: path, size, time of change and how it is cut), the tokenizer's
 fingerprint and this layout. An entry whose SHA-256 is not that of its contents is made again.
@@ -27,7 +28,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from typing import IO, Any
 import numpy as np
 from filelock import FileLock
 
-from datamodules.documents import Document, Source
+from datamodules.documents import Damage, Document, Source
 from datamodules.errors import BadData
 from datamodules.home import t6_home
 from datamodules.progress import TokenizingProgress
@@ -46,7 +47,7 @@ from datamodules.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 2
+LAYOUT = 3
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
 IN_MEMORY_BYTES = 16 << 20
@@ -70,6 +71,8 @@ class Shard:
     domains: list[str]
     checksum: str
     """sha256 (hex) over everything above: the same wherever and whenever it was tokenized."""
+    damage: Damage
+    """What of the source had to be left out."""
 
 
 class PieceCache:
@@ -209,6 +212,7 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
             "tokenizer": tokenizer.fingerprint,
             "documents": str(len(lengths)),
             "bytes": str(sum(n_bytes)),
+            "damage": json.dumps([[*what, times] for what, times in sorted(source.damage.items())]),
         }
         _write_safetensors(file, parts, list(domains), about)
 
@@ -314,6 +318,7 @@ def _open(file: Path) -> Shard | None:
             token_bytes=data.get("token_bytes"),
             domains=domains,
             checksum=metadata["sha256"],
+            damage=Counter({(kind, place): n for kind, place, n in json.loads(metadata["damage"])}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)

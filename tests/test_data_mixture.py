@@ -169,6 +169,20 @@ def test_a_tokenizer_is_trained_on_all_sources(mixture):
     assert all(source.tokenizer is data.tokenizer for source in data.sources.values())
 
 
+def test_settings_of_a_source_that_do_not_hold_are_named(tmp_path, caplog):
+    files = str(write_jsonl(tmp_path / "a.jsonl", many_texts(10)))
+    sources = {
+        "a": TextFiles(files, tokenizer="bytes", batch_size=4, seed=3),
+        "b": TextFiles(files, batch_size=2, context=64),
+    }
+    Mixture(sources, {"a": 1, "b": 1}, tokenizer="bytes", batch_size=2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sources.b.context: 64 is not used: the mixture's 512 holds for all its sources.",
+        "sources.a.batch_size: 4 is not used: the mixture's 2 holds for all its sources.",
+        "sources.a.seed: 3 is not used: the mixture's 0 holds for all its sources.",
+    ]
+
+
 def test_fingerprint_knows_weights_and_sources(mixture):
     prints = {
         mixture().fingerprint,
@@ -186,6 +200,15 @@ def test_bad_settings_are_said(mixture):
         mixture(schedule={500: dict.fromkeys(WEIGHTS, 0.0)})
     with pytest.raises(BadData, match="schedule: -1 is not allowed"):
         mixture(schedule={-1: WEIGHTS})
+    for wrong in (1.5, "abc", "1.5", 0, None, float("inf")):
+        with pytest.raises(BadData, match=rf"schedule: {wrong!r} is not allowed; allowed: whole numbers of"):
+            mixture(schedule={wrong: WEIGHTS})
+    assert mixture(schedule={"500": WEIGHTS, "1e3": WEIGHTS, 2e3: WEIGHTS}).phases.keys() == {
+        0,
+        500,
+        1000,
+        2000,
+    }
     with pytest.raises(BadData, match="sources: the list is empty"):
         Mixture({}, {})
 
@@ -197,6 +220,8 @@ REFUSED = {
     "negative": ({"weights": {"a": -1.0, "b": 1.0}}, "allowed: finite weights from 0 on"),
     "missing": ({"weights": {"a": 1.0}}, "weights: it names ['a']"),
     "schedule": ({"schedule": {-5: {"a": 1.0, "b": 0.0}}}, "schedule: -5 is not allowed"),
+    "part": ({"schedule": {1.5: {"a": 1.0, "b": 0.0}}}, "schedule: 1.5 is not allowed; allowed: whole"),
+    "word": ({"schedule": {"abc": {"a": 1.0, "b": 0.0}}}, "schedule: 'abc' is not allowed; allowed: whole"),
     "type": ({"batch_size": 2.5}, "\"batch_size\": Expected a <class 'int'>. Got value: 2.5"),
 }
 

@@ -219,6 +219,12 @@ def test_command_line(files, tmp_path, capsys):
     assert capsys.readouterr().err.strip().endswith("none.jsonl' does not exist.")
 
 
+def test_validation_files_that_hold_all_training_text_are_named(files, home):
+    data = TextFiles(files, val_files={"v": files}, tokenizer="bytes", val_fraction=0.0)
+    with pytest.raises(BadData, match=r"^val_files: they hold all \d+ documents that there are to train on"):
+        data.prepare_data()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -228,9 +234,27 @@ def test_command_line(files, tmp_path, capsys):
         ),
         (["--val_fraction", "0.1"], "--val_fraction: it belongs to --files, which is missing."),
         (["--files", ""], "files: '' is no path; name a file, a folder or a glob."),
+        (
+            ["--data", "TextFiles", "--data.files", "a", "--files", "b"],
+            "--files: beside --data or --config it is --data.files.",
+        ),
+        (
+            ["--data", "FineWebEdu", "--val_files", "v=b"],
+            "--val_files: beside --data or --config it is --data.val_files.",
+        ),
+        (["--tokens", "50"], "--tokens: it belongs to streams; PythonDocs is read whole."),
+        (
+            ["--files", "a", "--val_files", "v=b", "w=b", "v=c"],
+            "--val_files: 'v=c' names 'v' again; allowed: each DOMAIN once.",
+        ),
+        (["--samples", "-3"], "--samples: '-3' is not allowed; allowed: whole numbers from 0 on."),
+        (["--tokens", "-5"], "--tokens: '-5' is not allowed; allowed: whole numbers from 0 on."),
+        (["--nosuch", "3"], "--nosuch: there is no such flag here; --help lists those there are."),
+        (["--val_tokens", "many"], "--val_tokens: invalid int value: 'many'."),
+        (["--config", "nosuch.yaml"], "--config: nosuch.yaml cannot be read (No such file or directory)."),
     ],
 )
-def test_settings_of_another_corpus_are_refused(home, arguments, sentence, capsys):
+def test_what_does_not_fit_is_refused(home, arguments, sentence, capsys):
     assert main(["inspect", *arguments]) == 2
     assert capsys.readouterr().err.strip() == f"error: {sentence}"
 

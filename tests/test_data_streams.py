@@ -184,6 +184,17 @@ def test_validation_is_fixed_and_each_class_has_its_domains():
         assert counted == one.summary()["val_bytes"]
 
 
+def test_a_config_that_no_file_is_of_is_refused(hub, tmp_path):
+    (folder := tmp_path / "texts").mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in many_texts(50)))
+    for cls, looked_for in ((FineWebEdu, r"data/nope/\*"), (C4, r"multilingual/c4-nope.*")):
+        with pytest.raises(BadData, match=rf"^config: for 'nope' .* has no .* file {looked_for}\."):
+            cls("nope", **COMMON).prepare_data()
+        with pytest.raises(BadData, match=rf"^config: for 'nope' {folder} .* has no .* file {looked_for}\."):
+            cls("nope", **COMMON, path=str(folder)).prepare_data()
+        assert len(cls(**COMMON, path=str(folder)).train_files) == 1
+
+
 def test_another_config_reads_other_files():
     (documents,) = lane_documents(FineWebEdu("CC-MAIN-2024-10", **COMMON | {"lanes": 1}), 40)
     assert all(text.startswith("crawl-") for text in documents)

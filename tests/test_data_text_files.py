@@ -22,6 +22,35 @@ def test_json_array(tmp_path):
     assert list(read_documents(str(path))) == TEXTS
 
 
+def test_other_forms_of_json(tmp_path):
+    def texts(content):
+        return list(read_documents(str(write(tmp_path / "a.json", content))))
+
+    assert texts(json.dumps(TEXTS)) == TEXTS
+    assert texts("\n\n" + "\n".join(json.dumps({"text": text}, indent=1) for text in TEXTS)) == TEXTS
+    assert texts(
+        '\ufeff{"text": "a"}\n\n{"id": 5}\n{"text": null}\n{"text": "", "id": "x"}\n{"text": "b"}'
+    ) == [
+        "a",
+        "b",
+    ]
+
+
+def test_texts_and_labels_are_what_is_written_whatever_other_rows_hold(tmp_path):
+    """Also far into a file, and where other columns change their type from row to row."""
+    many = [{"text": '"quoted"', "d": "web", "meta": {"d": "web"}, "other": i} for i in range(3000)]
+    odd = {"text": "2020-01-01", "d": 5, "meta": {"d": 5, "more": []}, "other": ["list"]}
+    for rows in ([odd, *many], [*many, odd]):
+        for name in ("a.jsonl", "a.jsonl.zst"):
+            path = write(tmp_path / name, "\n".join(json.dumps(row) for row in rows))
+            for field in ("d", "meta.d"):
+                documents = list(file_source(path, "text", field, "text", "file").documents())
+                assert {(document.text, document.domain) for document in documents} == {
+                    ('"quoted"', "web"),
+                    ("2020-01-01", "5"),
+                }
+
+
 def test_parquet(tmp_path):
     pq.write_table(pa.table({"id": range(len(TEXTS)), "body": TEXTS}), tmp_path / "a.parquet")
     assert list(read_documents(str(tmp_path / "a.parquet"), text_field="body")) == TEXTS
@@ -33,6 +62,23 @@ def test_txt_is_cut_as_asked(tmp_path, name):
     assert list(read_documents(path)) == ["one\ntwo\n\nthree ü\n"]
     assert list(read_documents(path, txt="line")) == ["one", "two", "three ü"]
     assert [text.strip() for text in read_documents(path, txt="paragraph")] == ["one\ntwo", "three ü"]
+
+
+@pytest.mark.parametrize("txt", ["file", "line", "paragraph"])
+def test_a_byte_order_mark_is_no_text(tmp_path, txt):
+    path = write(tmp_path / "a.txt", "\ufeffone \ufeff")
+    assert [text.strip() for text in read_documents(str(path), txt=txt)] == ["one \ufeff"]
+
+
+def test_parquet_without_rows(tmp_path):
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "empty.parquet")
+    with pytest.raises(BadData, match=r"empty.parquet holds no text: no row of it has a non-empty 'text'\."):
+        list(read_documents(str(tmp_path / "empty.parquet")))
+    with pq.ParquetWriter(tmp_path / "a.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(pa.table({"text": TEXTS}))
+    assert list(read_documents(str(tmp_path / "a.parquet"))) == TEXTS
 
 
 def test_several_compressed_frames_are_one_file(tmp_path):
@@ -100,7 +146,25 @@ BAD_FILES = {
         b'{"body": "a", "id": 1}\n',
         r"text_field: .*column.jsonl has no column 'text'; present: body, id",
     ),
-    "number.jsonl": (b'{"text": 5}\n', "column 'text' holds int, not text"),
+    "number.jsonl": (b'{"text": 5}\n', "number.jsonl: line 1: column 'text' holds int, not text"),
+    "one_number.jsonl": (
+        b'{"text": "a"}\n\n{"text": 5}\n{"text": "b"}\n',
+        "one_number.jsonl: line 3: column 'text' holds int, not text",
+    ),
+    "one_object.jsonl.gz": (
+        b'{"text": "a"}\n' * 20_000 + b'{"text": {"a": "b"}}\n',
+        "one_object.jsonl.gz: line 20001: column 'text' holds dict, not text",
+    ),
+    "one_number.json": (
+        b'[{"text": "a"},\n{"text": null}, {"text": 5.5}]',
+        "one_number.json: row 3: column 'text' holds float, not text",
+    ),
+    "array.json": (b'[{"text": "a"},\n{"text": "b"]\n', "array.json: line 2 is not JSON"),
+    "mixed_rows.json": (b'[{"text": "a"}, 5]', "mixed_rows.json: row 2 is a JSON int, not an object"),
+    "surrogate.jsonl": (
+        b'{"text": "a"}\n{"text": "b \\ud83d c"}\n',
+        "surrogate.jsonl: line 2: column 'text' holds half of a surrogate pair",
+    ),
     "list.jsonl": (b'{"text": "a"}\n["b"]\n', "list.jsonl: line 2 is a JSON list, not an object"),
     "fake.parquet": (b"this is no parquet", "fake.parquet: "),
     "word.docx": (b"x", r"word.docx: the suffix '.docx' is not supported; allowed: .jsonl, .json, .parquet, .txt"),
