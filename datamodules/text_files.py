@@ -139,7 +139,7 @@ def _rows(
                 )
             if text:
                 some = True
-                yield text, None if domain_field is None else str(label)
+                yield text, None if label is None else str(label)
     except BadData:
         raise
     except Exception as error:  # pyarrow, zlib, zstandard and codecs each raise their own

@@ -51,6 +51,17 @@ def test_texts_and_labels_are_what_is_written_whatever_other_rows_hold(tmp_path)
                 }
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_document_without_a_label_is_of_the_usual_domain(tmp_path, name):
+    rows = [{"text": "labelled", "d": "web"}, {"text": "bare", "d": None}]
+    if name == "a.jsonl":
+        write(tmp_path / name, "\n".join(json.dumps(row) for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    documents = file_source(tmp_path / name, "text", "d", "text", "file").documents()
+    assert [document.domain for document in documents] == ["web", "text"]
+
+
 def test_parquet(tmp_path):
     pq.write_table(pa.table({"id": range(len(TEXTS)), "body": TEXTS}), tmp_path / "a.parquet")
     assert list(read_documents(str(tmp_path / "a.parquet"), text_field="body")) == TEXTS

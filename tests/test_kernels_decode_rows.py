@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused():
     refused("c_k, c_v are .* must be .*S, D/C", c_k=inputs["c_k"][..., :3])
     refused("c_k, c_v are", c_v=inputs["c_v"][:, :8])
     refused("give both c_k and c_v", c_v=None)
-    refused(r"must both be \(M, W/2\) or \(B, M, W/2\) with W <= 8", turn=turn(10, 9))
+    refused(r"decode: cos .* must both be .* for \(B, T, R, D\) = \(2, 9, 2, 8\)", turn=turn(10, 9))
     refused("must both be", turn=turn(8, 8))
     refused("unknown pairing 'thirds'", turn=turn(8, 9), pairing="thirds")
     refused("new factors must be 6, None for each that is no cache, are 4", new=(None,) * 4)

@@ -11,6 +11,7 @@ from kernels.contract import plain
 from kernels.contract.plain import outer
 from kernels.dispatch import choose, product_dtype
 from kernels.place import why_no_triton_at
+from kernels.rope import check_tables
 
 # The Triton kernel: wider heads or higher ranks leave no room for a block of them on the chip.
 WIDEST_HEAD = 256
@@ -62,27 +63,19 @@ def _triton(
     sin: torch.Tensor | None,
     pairing: str,
 ) -> torch.Tensor:
-    cos, sin = check_tables(cos, sin, b_BTRD.shape, pairing)
+    cos, sin = tables_that_turn(cos, sin, b_BTRD.shape, pairing)
     dtype = product_dtype(a_BTRH, b_BTRD)
     return torch.ops.t6_lightning.contract(a_BTRH.to(dtype), b_BTRD.to(dtype), cos, sin, pairing)
 
 
-def check_tables(
+def tables_that_turn(
     cos: torch.Tensor | None, sin: torch.Tensor | None, b_shape: Sequence[int], pairing: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The tables, None where they turn nothing; ValueError where they do not fit b (B, T, R, D)."""
-    (B, T, _, D) = b_shape
     if cos is None or sin is None:
         return None, None
-    width = 2 * cos.shape[-1]
-    if width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
-        raise ValueError(
-            f"contract: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
-            f" with W <= D, for b (B, T, R, D) = {tuple(b_shape)}"
-        )
-    if pairing not in ("halves", "interleaved"):
-        raise ValueError(f"contract: unknown pairing {pairing!r}; allowed: halves, interleaved")
-    return (cos, sin) if width else (None, None)
+    check_tables("contract", cos, sin, b_shape, pairing)
+    return (cos, sin) if cos.shape[-1] else (None, None)
 
 
 def why_not_triton(a: torch.Tensor, b: torch.Tensor) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.contract import check_tables, plain, why_not_triton
+from kernels.contract import plain, tables_that_turn, why_not_triton
 from kernels.dispatch import choose, product_dtype
 from kernels.rope import Tables
 
@@ -93,7 +93,7 @@ def _triton(
     tables: list[torch.Tensor | None] = []
     for part, turn in zip(parts, (queries, keys), strict=False):
         b_shape = (*record.shape[:2], part.rank, part.width)
-        tables += check_tables(*(turn or (None, None)), b_shape, pairing)
+        tables += tables_that_turn(*(turn or (None, None)), b_shape, pairing)
     numbers = [number for part in parts for number in part]
     return torch.ops.t6_lightning.contract_qkv(record, numbers, *tables, pairing)
 

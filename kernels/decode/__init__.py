@@ -13,7 +13,7 @@ from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
 from kernels.dispatch import choose
 from kernels.place import why_no_triton_at
-from kernels.rope import Tables
+from kernels.rope import Tables, check_tables
 
 # The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
 MOST_QUERIES = 16
@@ -105,7 +105,7 @@ def decode(
         raise ValueError(f"decode: pages must be integers {(B, 'n')}, are {pages.dtype} {tuple(pages.shape)}")
     M = rows[1] if pages is None else rows[1] * pages.shape[1]
     if turn is not None:
-        _check_turn(turn, pairing, B, M, b_k_BMSD.shape[3])
+        check_tables("decode", *turn, (B, M, *b_k_BMSD.shape[2:]), pairing)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
         raise ValueError(f"decode: mask must be bool {(B, 1, T, M)}, is {mask.dtype} {tuple(mask.shape)}")
     if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
@@ -140,19 +140,6 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     """What `lengths` mean as a mask: bool (B, 1, T, M)."""
     past_B11T = lengths_B[:, None, None] - torch.arange(T - 1, -1, -1, device=lengths_B.device)
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
-
-
-def _check_turn(turn: Tables, pairing: str, B: int, M: int, P: int) -> None:
-    """Raises ValueError for tables that do not fit b_k (B, M, S, P)."""
-    cos, sin = turn
-    width = 2 * cos.shape[-1]
-    if width > P or cos.shape[:-1] not in ((M,), (B, M)) or sin.shape != cos.shape:
-        raise ValueError(
-            f"decode: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (M, W/2) or (B, M, W/2) with"
-            f" W <= {P}, for B = {B} rows of M = {M} tokens"
-        )
-    if pairing not in ("halves", "interleaved"):
-        raise ValueError(f"decode: unknown pairing {pairing!r}; allowed: halves, interleaved")
 
 
 def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:

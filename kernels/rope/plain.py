@@ -3,7 +3,23 @@
 Shapes: B batch, T tokens, R ranks (or heads: any axis that shares a token's position), D head dimension.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+
+def check_tables(
+    op_name: str, cos: torch.Tensor, sin: torch.Tensor, shape_BTRD: Sequence[int], pairing: str
+) -> None:
+    """Raises ValueError where tables do not fit what they are to turn, or the pairing is unknown."""
+    B, T, _, D = shape_BTRD
+    if D % 2 or 2 * cos.shape[-1] > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"{op_name}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
+            f" with W <= D and D even, for (B, T, R, D) = {tuple(shape_BTRD)}"
+        )
+    if pairing not in ("halves", "interleaved"):
+        raise ValueError(f"{op_name}: unknown pairing {pairing!r}; allowed: halves, interleaved")
 
 
 def rotate(
@@ -23,15 +39,8 @@ def rotate(
 
     Raises ValueError when the tables do not fit x (they would broadcast silently) or the pairing is unknown.
     """
-    B, T, _, D = x_BTRD.shape
-    width = 2 * cos.shape[-1]
-    if D % 2 or width > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
-        raise ValueError(
-            f"rotate: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
-            f" with W <= D and D even, for x (B, T, R, D) = {tuple(x_BTRD.shape)}"
-        )
-    if pairing not in ("halves", "interleaved"):
-        raise ValueError(f"rotate: unknown pairing {pairing!r}; allowed: halves, interleaved")
+    check_tables("rotate", cos, sin, x_BTRD.shape, pairing)
+    D, width = x_BTRD.shape[-1], 2 * cos.shape[-1]
     if width == 0:
         return x_BTRD
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
