@@ -25,8 +25,6 @@ def merge_segments(
     row = tl.program_id(0)
     offsets_E = tl.arange(0, E_PADDED)
     columns_W = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if OVERLAP:
-        gdc_launch_dependents()
     n_grains = 0
     row_begin = 0
     for first in range(0, n_rows, ROWS):
@@ -42,6 +40,7 @@ def merge_segments(
     end = tl.where(row_end > row_begin, end, begin)
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
 
     live_W = columns_W < n_columns
     o_WE = tl.zeros((COLUMNS, E_PADDED), tl.float32)
