@@ -200,7 +200,8 @@ def _stream_of_one_draw(net: T6Config, seed: int) -> list[float]:
     model = T6(net)
     seen: list[float] = []
 
-    def note(_: Any, __: Any, x_BTC: torch.Tensor) -> None:
+    def note(_: Any, __: Any, out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        x_BTC = out[0] if isinstance(out, tuple) else out  # a block's second is the norm
         seen.append(x_BTC.square().mean().item())
 
     for module in (model.embedding, *model.blocks):

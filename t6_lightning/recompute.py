@@ -52,7 +52,7 @@ def apply(blocks: nn.ModuleList, recompute: Recompute) -> None:
 
 
 def _checkpointed(forward: Any, options: dict[str, Any]) -> Any:
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # validation and generation, where a cache is written to
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)

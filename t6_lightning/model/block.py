@@ -76,11 +76,19 @@ class Block(nn.Module):
         for writes in (self.attention.output, self.ffn.down):
             init_output_(writes.weight, config.output_init, config.n_layers)
 
-    def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BTC: torch.Tensor, normed_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after this block, and its norm, which the next block reads.
+
+        A compiled block so adds and normalizes in one pass over the stream, forward and backward, at its end too.
+        """
         if layout.seen is not None and not self.training:
-            o_BTN = self.attention.before_output(rms_norm(x_BTC), layout, cache)
+            o_BTN = self.attention.before_output(normed_BTC, layout, cache)
             backend = layout.step_backend
             x_BTC = linear(o_BTN, self.attention.output.weight, residual=x_BTC, backend=backend)
-            return self.ffn.add_to(x_BTC, backend)
-        x_BTC = x_BTC + self.dropout(self.attention(rms_norm(x_BTC), layout, cache))
-        return x_BTC + self.dropout(self.ffn(rms_norm(x_BTC)))
+            x_BTC = self.ffn.add_to(x_BTC, backend)
+        else:
+            x_BTC = x_BTC + self.dropout(self.attention(normed_BTC, layout, cache))
+            x_BTC = x_BTC + self.dropout(self.ffn(rms_norm(x_BTC)))
+        return x_BTC, rms_norm(x_BTC)

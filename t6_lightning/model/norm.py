@@ -6,14 +6,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.dispatch import product_dtype
+
 # Said outright: the default follows the input's dtype, and in bf16 that is 7.8e-3 instead of 1.2e-7.
 NORM_EPS = torch.finfo(torch.float32).eps
 OUTPUT_NORM_EPS = 1e-5  # the reference's, for the heads' outputs
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """x / RMS(x) over the last axis, as in the reference's blocks."""
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+    """x / RMS(x) over the last axis, as in the reference's blocks; in autocast's dtype inside autocast.
+
+    Only matrix products read it, which would turn it into that dtype each for itself.
+    """
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS).to(product_dtype(x, x))
 
 
 class RMSNorm(nn.RMSNorm):
