@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.tiles import LOWEST, ceil_div, length_of
+from kernels.decode.tiles import LOWEST, ceil_div, grains_of, length_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "capacity", "n_programs", "n_columns"])
 def merge_segments(
     o_ptr, highest_ptr, total_ptr, lengths_ptr, out_ptr, n_rows, capacity, n_programs, n_columns,
-    RAGGED: tl.constexpr, GRAIN: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, U: tl.constexpr,
-    N: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    U: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, H, E): the segments of one row for COLUMNS of its (query token, head) columns."""
     row = tl.program_id(0)
@@ -29,15 +30,17 @@ def merge_segments(
     row_begin = 0
     for first in range(0, n_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
-        grains = ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+        grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
         n_grains += tl.sum(grains, 0)
         row_begin += tl.sum(tl.where(rows < row, grains, 0), 0)
-    row_end = row_begin + ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
+    n_grains = tl.maximum(n_grains - PAUSE, 0)
+    row_grains = ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
     n_working = tl.minimum(n_programs, ceil_div(n_grains, N // GRAIN))
-    # The program of a grain is the last one whose first grain is not past it; see `begin` in _attend.
+    # The program of a grain is the last one whose first grain is not past it; see `share`. All are counted from the end
+    # of the first row's pause, so that this row's pause ends at `row_begin`.
     begin = row + ((row_begin + 1) * n_working - 1) // tl.maximum(n_grains, 1)
-    end = row + 1 + (row_end * n_working - 1) // tl.maximum(n_grains, 1)
-    end = tl.where(row_end > row_begin, end, begin)
+    end = row + 1 + ((row_begin + row_grains) * n_working - 1) // tl.maximum(n_grains, 1)
+    end = tl.where(row_grains > 0, end, begin)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()

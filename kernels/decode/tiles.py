@@ -163,29 +163,43 @@ def put(ptr, at, x_RX, x_X, live_X, RANK: tl.constexpr, RANKS: tl.constexpr, RAN
 
 
 @triton.jit
+def grains_of(
+    lengths_ptr, rows, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr
+):
+    """Grains of `rows`, counted with PAUSE in front of each row that has any: what it takes to begin one."""
+    grains = ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+    return grains + tl.where(grains > 0, PAUSE, 0)
+
+
+@triton.jit
 def share(
-    lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr
+    lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """This program's grains [begin, end) among those of all rows, the row of the first, and where that begins.
 
+    Each row begins with its PAUSE, the first one's is nobody's. An end inside a pause is put where the pause begins.
     The first ROWS rows are read once for all.
     """
     rows = tl.arange(0, ROWS)
-    grains = ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+    grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
     past = tl.cumsum(grains, 0)
     n_grains = tl.sum(grains, 0)
     for first in range(ROWS, n_rows, ROWS):
-        lengths = length_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED)
-        n_grains += tl.sum(ceil_div(lengths, GRAIN), 0)
+        n_grains += tl.sum(grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN, PAUSE), 0)
+    n_grains = tl.maximum(n_grains - PAUSE, 0)
     n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, N // GRAIN)), 1)
     program = tl.program_id(0)
-    begin = program * n_grains // n_working
-    end = tl.minimum((program + 1) * n_grains // n_working, n_grains)
+    begin = PAUSE + program * n_grains // n_working
+    end = PAUSE + tl.minimum((program + 1) * n_grains // n_working, n_grains)
     row = tl.sum(((past <= begin) & (rows < n_rows)).to(tl.int32), 0)
     row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
+    last_begin = tl.max(tl.where(past <= end, past, 0), 0)
     for first in range(ROWS, n_rows, ROWS):
-        grains = ceil_div(length_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED), GRAIN)
+        grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
         past = tl.max(past, 0) + tl.cumsum(grains, 0)
         row += tl.sum(((past <= begin) & (first + rows < n_rows)).to(tl.int32), 0)
         row_begin = tl.maximum(row_begin, tl.max(tl.where(past <= begin, past, 0), 0))
+        last_begin = tl.maximum(last_begin, tl.max(tl.where(past <= end, past, 0), 0))
+    end = tl.where(end - last_begin <= PAUSE, last_begin, end)
     return begin, end, row, row_begin

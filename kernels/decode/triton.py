@@ -6,7 +6,8 @@ a tile; G segments. With further factors c (order 3) D = P C and E = X Y: b has 
 
 The first kernel runs a fixed number of programs, whatever the batch and the lengths. They share the cached tokens
 of all rows equally: each takes one run of consecutive grains (16 tokens, or a tile where there are pages), which
-may end one row and begin the next. One program holds all heads it can, because they share the b factors:
+may end one row and begin the next; the time that this takes counts as grains. One program holds all heads it can,
+because they share the b factors:
 
     s[n, w] = Σ_s a_k[n, s, w] (b_k[n, s] · q[w])          p = 2^(s - max)
     o[e, w] = Σ_u Σ_n b_v[n, u, e] (p[n, w] a_v[n, u, w])
@@ -50,10 +51,10 @@ from kernels.decode.tiles import (
     LOWEST,
     along_heads,
     along_tokens,
-    ceil_div,
     dot,
     feature_of,
     feature_rows,
+    grains_of,
     is_feature,
     length_of,
     load,
@@ -71,6 +72,8 @@ OVERLAP = not INTERPRETED
 ROWS = 32
 # Tokens of the smallest share of the work, so that programs differ by no more than that.
 GRAIN = 16
+# What a multiprocessor reads in the time that a program takes to end one row and begin the next: it gets so much less.
+PAUSE_BYTES = int(os.environ.get("PAUSE_KB", 90)) * 1000
 # Programs of the interpreter stand in for multiprocessors: a few, so that segments cross rows.
 INTERPRETED_PROGRAMS = 5
 
@@ -95,7 +98,7 @@ def _attend(
     NEW_A_K: tl.constexpr, NEW_B_K: tl.constexpr, NEW_C_K: tl.constexpr,
     NEW_A_V: tl.constexpr, NEW_B_V: tl.constexpr, NEW_C_V: tl.constexpr,
     S_PADDED: tl.constexpr, U_PADDED: tl.constexpr,
-    RAGGED: tl.constexpr, PAGE: tl.constexpr, GRAIN: tl.constexpr,
+    RAGGED: tl.constexpr, PAGE: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
     S: tl.constexpr, U: tl.constexpr, TURNED: tl.constexpr, HALVES: tl.constexpr, TURN_TOKEN: tl.constexpr,
     A_K_TOKEN: tl.constexpr, A_K_RANK: tl.constexpr, A_K_UNIT: tl.constexpr, A_K_WIDTH: tl.constexpr,
@@ -146,13 +149,13 @@ def _attend(
     wide = tl.full((), 1, tl.int64)
 
     program = tl.program_id(0)
-    begin, end, row, row_begin = share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, N, ROWS)
+    begin, end, row, row_begin = share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, PAUSE, N, ROWS)
     while begin < end:
         length = length_of(lengths_ptr, row, n_rows, capacity, RAGGED)
-        row_end = row_begin + ceil_div(length, GRAIN)
+        row_end = row_begin + grains_of(lengths_ptr, row, n_rows, capacity, RAGGED, GRAIN, PAUSE)
         stop = tl.minimum(end, row_end)
-        first_token = (begin - row_begin) * GRAIN
-        past_token = tl.minimum((stop - row_begin) * GRAIN, length)
+        first_token = tl.maximum(begin - row_begin - PAUSE, 0) * GRAIN
+        past_token = tl.minimum((stop - row_begin - PAUSE) * GRAIN, length)
         if NEW_A_K or NEW_B_K or NEW_C_K or NEW_A_V or NEW_B_V or NEW_C_V:
             # Each program writes the new tokens that it reads; programs that share them write the same.
             live_H = heads_H < H
@@ -368,6 +371,8 @@ def decode(
     appended += [None] * (6 - len(appended))
     appended = [appended[i] for i in (0, 1, 4, 2, 3, 5)]
     grain = GRAIN if pages is None else launch.tile
+    grain_bytes = grain * (S * (H + P + C) + U * (H + X + Y)) * q_BTHD.element_size()
+    pause = math.ceil(PAUSE_BYTES / grain_bytes)
     extra = {"launch_pdl": True} if OVERLAP else {}
     _attend[(n_programs, groups)](
         q_BTHD, *(q_BTHD if x is None else x for x in factors), cos, sin, lengths,
@@ -378,7 +383,7 @@ def decode(
         scale * math.log2(math.e) / S,
         **{f"NEW_{name.upper()}": x is not None for name, x in zip(FACTORS, appended, strict=True)},
         S_PADDED=power_of_2(S), U_PADDED=power_of_2(U),
-        RAGGED=ragged, PAGE=0 if pages is None else page, GRAIN=grain, H=H, P=P, C=C, X=X, Y=Y, S=S, U=U,
+        RAGGED=ragged, PAGE=0 if pages is None else page, GRAIN=grain, PAUSE=pause, H=H, P=P, C=C, X=X, Y=Y, S=S, U=U,
         TURNED=rows.turned, HALVES=rows.pairing == "halves", TURN_TOKEN=turn_token,
         A_K_TOKEN=a_k.token, A_K_RANK=a_k.rank, A_K_UNIT=a_k.unit, A_K_WIDTH=readable(H, a_k),
         B_K_TOKEN=b_k.token, B_K_RANK=b_k.rank, B_K_UNIT=b_k.unit,
@@ -397,7 +402,7 @@ def decode(
     warps = min(16, max(4, segments * width * padded(E) // (64 * 32)))
     merge_segments[(B, math.ceil(T * H / width))](
         o, highest, total, lengths, out, B, M, n_programs, T * H,
-        RAGGED=ragged, GRAIN=grain, E=E, E_PADDED=padded(E), U=U, N=launch.tile,
+        RAGGED=ragged, GRAIN=grain, PAUSE=pause, E=E, E_PADDED=padded(E), U=U, N=launch.tile,
         SEGMENTS=segments, COLUMNS=width, ROWS=ROWS, OVERLAP=OVERLAP,
         num_warps=warps, **extra,
     )  # fmt: skip
