@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.decode import decode, layout, visible
-from kernels.decode.launch import Launch
+from kernels.decode.launch import Launch, even_programs
 from kernels.tolerances import assert_close
 
 if not interpreter.IS_ON:
@@ -77,6 +77,24 @@ def test_lengths_with_a_causal_tail(T, H, dtype):
 def test_more_rows_than_programs_and_than_one_block_of_lengths():
     lengths = torch.arange(40) * 5 % 23
     check(cache(40, 1, 23, 2, 1, 1), lengths)
+
+
+@pytest.mark.parametrize("pause_bytes", [1, 10_000, 10_000_000])
+@pytest.mark.parametrize("n_rows", [3, 5, 40])
+def test_rows_of_any_lengths_whatever_it_costs_to_begin_one(monkeypatch, n_rows, pause_bytes):
+    """From no time at all to more than reading them all: programs that have nothing, and rows that are empty."""
+    monkeypatch.setattr(kernel, "PAUSE_BYTES", pause_bytes)
+    inputs = cache(n_rows, 1, 90, 3, 1, 2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        lengths = torch.randint(0, 91, (n_rows,)) * (torch.rand(n_rows) < 0.7)
+        check(inputs, lengths)
+
+
+def test_programs_are_a_multiple_of_the_rows_where_that_is_cheap():
+    counts = {rows: even_programs(132, rows, 64) for rows in (1, 3, 16, 32, 64, 100, 1000)}
+    assert counts == {1: 132, 3: 132, 16: 128, 32: 128, 64: 128, 100: 132, 1000: 132}
+    assert even_programs(132, 16, 128) == 132
 
 
 def test_without_lengths_every_query_sees_all():

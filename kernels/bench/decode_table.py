@@ -149,6 +149,13 @@ def run(
             **baselines[key],
         }
         result["rows"].append(row)
+        # As it goes: of a run that is stopped, this is what is left.
+        print(
+            f"{case.heads}, {case.head_dim}, {case.rank}; {case.batch} x {case.tokens:,}, {case.queries}, {case.how}:"
+            f" {row['median_s'] * 1e6:.1f} µs, {row['share_of_copy_bandwidth']:.1%}",
+            file=sys.stderr,
+            flush=True,
+        )
     result["others"] = [] if chosen else _others(device, result["copy_bytes_per_second"])
     by_case = {tuple(row[name] for name in Case.__dataclass_fields__): row for row in result["rows"]}
     for row in result["rows"]:

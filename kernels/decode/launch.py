@@ -115,3 +115,13 @@ def choose_launch(
     two_fit = 2 * stages * tile * token_bytes <= SHARED_MEMORY
     programs = 2 if two_fit and warps == 4 and (heads_first or tile == 16) else 1
     return Launch(tile, warps, stages, programs, heads_first)
+
+
+def even_programs(most: int, rows: int, columns: int) -> int:
+    """How many programs share the cached tokens of all rows: `most`, or a little less.
+
+    If it costs at most 4 % of them, a multiple of the rows: no program then has parts of two rows of equal length. Not
+    where the products of many columns take longer than reading (H100).
+    """
+    even = most // rows * rows
+    return even if even and most - even <= most // 25 and columns < 128 else most

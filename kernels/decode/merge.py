@@ -33,11 +33,10 @@ def merge_segments(
         grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
         n_grains += tl.sum(grains, 0)
         row_begin += tl.sum(tl.where(rows < row, grains, 0), 0)
-    n_grains = tl.maximum(n_grains - PAUSE, 0)
+    row_begin += PAUSE
     row_grains = ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
     n_working = tl.minimum(n_programs, ceil_div(n_grains, N // GRAIN))
-    # The program of a grain is the last one whose first grain is not past it; see `share`. All are counted from the end
-    # of the first row's pause, so that this row's pause ends at `row_begin`.
+    # The program of a grain is the last one whose first grain is not past it; see `share`.
     begin = row + ((row_begin + 1) * n_working - 1) // tl.maximum(n_grains, 1)
     end = row + 1 + ((row_begin + row_grains) * n_working - 1) // tl.maximum(n_grains, 1)
     end = tl.where(row_grains > 0, end, begin)

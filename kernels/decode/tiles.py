@@ -178,8 +178,7 @@ def share(
 ):  # fmt: skip
     """This program's grains [begin, end) among those of all rows, the row of the first, and where that begins.
 
-    Each row begins with its PAUSE, the first one's is nobody's. An end inside a pause is put where the pause begins.
-    The first ROWS rows are read once for all.
+    Each row begins with its PAUSE; an end inside one is put where it begins. The first ROWS rows are read once for all.
     """
     rows = tl.arange(0, ROWS)
     grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
@@ -187,11 +186,10 @@ def share(
     n_grains = tl.sum(grains, 0)
     for first in range(ROWS, n_rows, ROWS):
         n_grains += tl.sum(grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN, PAUSE), 0)
-    n_grains = tl.maximum(n_grains - PAUSE, 0)
     n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, N // GRAIN)), 1)
     program = tl.program_id(0)
-    begin = PAUSE + program * n_grains // n_working
-    end = PAUSE + tl.minimum((program + 1) * n_grains // n_working, n_grains)
+    begin = program * n_grains // n_working
+    end = tl.minimum((program + 1) * n_grains // n_working, n_grains)
     row = tl.sum(((past <= begin) & (rows < n_rows)).to(tl.int32), 0)
     row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
     last_begin = tl.max(tl.where(past <= end, past, 0), 0)
