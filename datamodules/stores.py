@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
+from datamodules.documents import Damage
 from datamodules.errors import BadData, SourceUnavailable, first_line
 from datamodules.home import t6_home, write_atomically
 
@@ -29,18 +30,31 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
 
 faults: Counter[str] = Counter()
-"""kind of fault -> how often this process met it."""
+"""kind of passing fault -> how often this process met it."""
+damage: Damage = Counter()
+"""What of stored data this process had to leave out. By place: another process may meet the same."""
 
 
 background = threading.local()
 """`background.stop`: an Event of the present thread that ends its waiting for a hub that is away."""
 
 
-def count_fault(kind: str, where: str, times: int = 1) -> None:
-    """Count a fault; the first of each kind is logged."""
-    faults[kind] += times
-    if faults[kind] == times:
-        log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
+def count_fault(kind: str, where: str) -> None:
+    """Count a passing fault; the first of each kind is logged."""
+    if kind not in faults:
+        _tell(kind, where)
+    faults[kind] += 1
+
+
+def count_damage(kind: str, place: str, times: int) -> None:
+    """Count what is left out of stored data; the first of each kind is logged."""
+    if all(kind != known for known, _ in damage.copy()):
+        _tell(kind, place)
+    damage[kind, place] += times
+
+
+def _tell(kind: str, where: str) -> None:
+    log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
 
 
 LOCAL = "local"

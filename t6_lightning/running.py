@@ -135,8 +135,9 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
         else:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
         net = parallel.whole_model(cli.model.net)
+        faults = cli.datamodule.faults_of_all_ranks()
         if net is not None and ranks.is_first():
-            report.print_summary(folder, report.finish(cli, folder, net))
+            report.print_summary(folder, report.finish(cli, folder, net, faults))
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
