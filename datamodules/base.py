@@ -1,6 +1,9 @@
 """The Lightning side of a corpus: what every data module shares."""
 
 import logging
+import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -265,6 +268,7 @@ class TokenData(LightningDataModule, ABC):
             batch_size=None,
             collate_fn=_as_it_is,  # torch's own would look into every batch for arrays to convert
             num_workers=self.num_workers,
+            worker_init_fn=_end_with_parent,
             generator=generator,
             pin_memory=on_gpu,
         )
@@ -272,6 +276,24 @@ class TokenData(LightningDataModule, ABC):
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a loader process end by its parent's SIGTERM alone.
+
+    One that is sent to all processes of a job asks for a checkpoint after the present step, which may need batches.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Loader(DataLoader):
