@@ -19,6 +19,7 @@ from loopback_hub import FAULTS, LoopbackHub
 from stream_helpers import c4, consume, fineweb_edu, first, json_lines, pile, tokens_of
 
 from datamodules import C4, BadData, FineWebEdu, Pile, base, pieces, stores
+from datamodules.__main__ import main
 from datamodules.base import Met
 from datamodules.errors import SourceUnavailable
 from datamodules.pieces import Pieces
@@ -172,6 +173,27 @@ def test_the_token_is_sent_and_never_written(hub, tmp_path, monkeypatch, caplog)
     assert "sesame42" not in caplog.text + str(data.state_dict()) + str(data.summary())
     for path in (tmp_path / "home").rglob("*"):
         assert not path.is_file() or b"sesame42" not in path.read_bytes()
+
+
+def test_a_password_in_the_hubs_address_is_never_said(hub, monkeypatch, caplog):
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint.replace("//", "//me:sesame42@"))
+    hub.add("some/gated", fineweb_edu(), gated=True)
+    hub.down = True
+    with pytest.raises(SourceUnavailable, match="has not given") as away:
+        FineWebEdu(**COMMON, patience=0.1).prepare_data()
+    hub.down = False
+    with pytest.raises(BadData, match="is gated") as gated:
+        FineWebEdu(**COMMON, repository="some/gated").prepare_data()
+    assert "sesame42" not in f"{away.value} {gated.value} {caplog.text}"
+
+
+def test_preparation_that_the_hub_cuts_off_can_be_run_again(hub, capsys):
+    hub.down = True
+    command = ["prepare", "--data", "C4", "--data.tokenizer", "bytes", "--data.patience", "0.1"]
+    assert main(command) == 75
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    hub.down = False
+    assert main([*command, "--data.val_tokens", "900"]) == 0
 
 
 def test_offline_with_everything_at_hand(hub, monkeypatch):
