@@ -142,16 +142,21 @@ def test_rolled_back_weights_are_those_of_the_last_regular_checkpoint(home: Path
     assert_same(home, "back2", "back")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2 sharded"])
 def test_ranks_decide_alike(home: Path, strategy: str) -> None:
     """The loss breaks on rank 1 alone."""
-    name = f"two-{strategy}"
+    strategy, *sharded = strategy.split()
+    name = f"two-{strategy}-{len(sharded)}"
     arguments = ["--spikes.action", "rollback", "--trainer.strategy", strategy, "--trainer.max_steps", "8"]
+    arguments += ["--checkpoints.sharded", "true"] if sharded else []
     ranks.fit(2, name, *SHORT, *arguments, preparation=partial(break_steps, (7,), rank=1))
-    guard = weights(name)["callbacks"]["SpikeGuard"]
+    saved = RunFolder(name).last_checkpoint()
+    assert saved is not None
+    state = load(saved)
+    guard = state["callbacks"]["SpikeGuard"]
     assert (guard["skipped"], guard["rollbacks"]) == ([7], 1)
-    assert {int(one["step"]) for one in weights(name)["optimizer_states"][0]["state"].values()} == {6}
-    assert all(value.isfinite().all() for value in weights(name)["state_dict"].values())
+    assert {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()} == {6}
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_too_many_in_a_row_end_the_run(home: Path) -> None:
