@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,6 +26,9 @@ from datamodules.tokenizer import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LOOKS = 5
+"""How long loader processes are waited for before `asked_to_stop` is looked at."""
 
 ENDLESS = 1 << 40
 """Length that the training stream claims: Lightning drops a batch per resume of a stream without one."""
@@ -74,6 +77,8 @@ class TokenData(LightningDataModule, ABC):
         first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
         SourceUnavailable is raised."""
         self.cut_off: str | None = None
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        """Looked at while a batch is waited for, by who `repeats_when_cut_off`: a hub that is away is a long wait."""
         self.seconds_waited = 0.0
         """How long this process has waited for training batches, as its clock counts."""
 
@@ -271,6 +276,7 @@ class TokenData(LightningDataModule, ABC):
             worker_init_fn=_end_with_parent,
             generator=generator,
             pin_memory=on_gpu,
+            timeout=SECONDS_BETWEEN_LOOKS if self.num_workers else 0,
         )
 
 
@@ -308,14 +314,14 @@ class _Loader(DataLoader):
             batches = super().__iter__()
             while True:
                 began = time.perf_counter()
-                batch = next(batches, {})
+                batch = self._next(batches)
                 if not batch:
                     return
                 if self._trains:
                     self._data.seconds_waited += time.perf_counter() - began
                 yield dict(batch)
         except SourceUnavailable as error:
-            if not (self._data.repeats_when_cut_off and self._trains):
+            if not self._repeats:
                 raise
             batch = batch or self._data.nothing()
             repeated: dict[str, Any] = {
@@ -324,6 +330,22 @@ class _Loader(DataLoader):
             repeated["cut_off"] = str(error)
             while True:
                 yield dict(repeated)
+
+    @property
+    def _repeats(self) -> bool:
+        return self._data.repeats_when_cut_off and self._trains
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        while True:
+            try:
+                return next(batches, {})
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if self._repeats and self._data.asked_to_stop():
+                raise SourceUnavailable(
+                    "stopped by a signal while data was waited for: go on with the same command"
+                )
 
 
 @dataclass
