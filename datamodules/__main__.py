@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from datamodules.errors import BadData, reason_in
+from datamodules.errors import BadData, SourceUnavailable, reason_in
 from datamodules.home import t6_home
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.rest and not (options.data or options.config):
             raise BadData(f"{options.rest[0]}: there is no such flag here; --help lists those there are.")
         {"prepare": prepare, "inspect": inspect}[options.command](options)
+    except SourceUnavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 75  # as of `fit`: the same command goes on
     except BadData as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -164,21 +167,26 @@ def print_counts(data: "TokenData") -> None:
     row = "{:<14} {:>12} {:>15} {:>15} {:>9}"
     print(row.format("", "documents", "tokens", "bytes", "share"))
     for name, source in (summary.get("sources") or {"": summary}).items():
+        share = f"{source['share']:.1%}" if "share" in source else ""
         if "train_files" in source:
             stored = f"{source['train_files']:,} files, {source['train_stored_bytes']:,} stored bytes"
-            print(f"train {name:<8} {stored}, streamed from {source['source']} ({source['revision']})")
+            place = f"streamed from {source['source']} ({source['revision']})"
+            print(f"train {name:<8} {stored}, {place} {share}".rstrip())
+        elif share:
+            print(row.format(f"train {name}", *_counts(source, "train"), share))
     for side in ("train", "val"):
-        if f"{side}_tokens" not in summary:
-            continue
-        counts = [summary[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")]
-        print(row.format(side, *(f"{count:,}" for count in counts), ""))
+        if f"{side}_tokens" in summary:
+            print(row.format(side, *_counts(summary, side), ""))
     for name, domain in summary["domains"].items():
-        counts = [domain[f"val_{what}"] for what in ("documents", "tokens", "bytes")]
         share = f"{domain['val_bytes'] / summary['val_bytes']:.1%}"
-        print(row.format(f"  {name}", *(f"{count:,}" for count in counts), share))
+        print(row.format(f"  {name}", *_counts(domain, "val"), share))
     for name in ("unigram", "gzip", "xz"):
         if (bits := summary.get(f"{name}_bits_per_byte")) is not None:
             print(f"{name:<14} {bits:.3f} bits per byte of the validation text")
+
+
+def _counts(summary: dict[str, Any], side: str) -> list[str]:
+    return [f"{summary[f'{side}_{what}']:,}" for what in ("documents", "tokens", "bytes")]
 
 
 def print_samples(data: "TokenData", number: int) -> None:

@@ -1,13 +1,16 @@
 """The Lightning side of a corpus: what every data module shares."""
 
 import logging
+import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +18,17 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules import stores
-from datamodules.documents import Document
+from datamodules.documents import Damage, Document
 from datamodules.errors import BadData, SourceUnavailable
 from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LOOKS = 5
+"""How long loader processes are waited for before `asked_to_stop` is looked at."""
 
 ENDLESS = 1 << 40
 """Length that the training stream claims: Lightning drops a batch per resume of a stream without one."""
@@ -62,14 +70,15 @@ class TokenData(LightningDataModule, ABC):
         self.num_workers, self.seed = num_workers, seed
         self._position = _Position()
         self._windows: dict[str, Windows] = {}
-        self.faults: Counter[str] = Counter()
-        """kind of fault in reading -> how often it was met in preparation and while the batches so far were made."""
-        self._faults_told = stores.faults.copy()
+        self._met = Met()
+        self._news = _News()
         self.repeats_when_cut_off = False
         """Whether, where a source cannot be reached any more, the last training batch (one of nothing before the
         first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
         SourceUnavailable is raised."""
         self.cut_off: str | None = None
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        """Looked at while a batch is waited for, by who `repeats_when_cut_off`: a hub that is away is a long wait."""
         self.seconds_waited = 0.0
         """How long this process has waited for training batches, as its clock counts."""
 
@@ -148,6 +157,19 @@ class TokenData(LightningDataModule, ABC):
     def samples(self, samples: int) -> None:
         self._position.samples = samples
 
+    @property
+    def faults(self) -> Counter[str]:
+        """kind of fault in reading -> how often this rank met it in preparation and while its batches so far were
+        made; damage of the same place in the data counts once, however many loader processes read it."""
+        return self._met.by_kind()
+
+    def faults_of_all_ranks(self) -> Counter[str]:
+        """`faults` of all ranks, what several read counted once. With several ranks all of them must call it."""
+        together = Met()
+        for met in _of_all_ranks(self._met):
+            together.add(met)
+        return together.by_kind()
+
     def prepare_data(self) -> None:
         """Train the tokenizer and fill the token cache where they are missing. Raises BadData."""
         _ = self.domains
@@ -160,7 +182,7 @@ class TokenData(LightningDataModule, ABC):
         start + (m*W + r)*B .. + B - 1."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._windows = self.training_windows(self.validation_keys())
-        self.faults.update(_new_faults(self._faults_told))
+        self._met.add(self._news.take())
         return self._loader(_TrainingStream(self, self._windows, rank, world))
 
     def epochs(self) -> dict[str, float]:
@@ -193,7 +215,8 @@ class TokenData(LightningDataModule, ABC):
         """Take out of a batch what concerns the data alone: where its lanes go on, and faults on the way."""
         if "marks" in batch:
             self._position.coming.append((int(batch["sample"].max()), batch.pop("marks")))
-        self.faults.update(batch.pop("faults", {}))
+        if "faults" in batch:
+            self._met.add(Met(*batch.pop("faults")))
         self.cut_off = batch.pop("cut_off", self.cut_off)
         return batch
 
@@ -250,13 +273,33 @@ class TokenData(LightningDataModule, ABC):
             batch_size=None,
             collate_fn=_as_it_is,  # torch's own would look into every batch for arrays to convert
             num_workers=self.num_workers,
+            worker_init_fn=_end_with_parent,
             generator=generator,
             pin_memory=on_gpu,
+            timeout=SECONDS_BETWEEN_LOOKS if self.num_workers else 0,
         )
 
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a loader process end by its parent's SIGTERM alone.
+
+    One that is sent to all processes of a job asks for a checkpoint after the present step, which may need batches.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Loader(DataLoader):
@@ -271,14 +314,14 @@ class _Loader(DataLoader):
             batches = super().__iter__()
             while True:
                 began = time.perf_counter()
-                batch = next(batches, {})
+                batch = self._next(batches)
                 if not batch:
                     return
                 if self._trains:
                     self._data.seconds_waited += time.perf_counter() - began
                 yield dict(batch)
         except SourceUnavailable as error:
-            if not (self._data.repeats_when_cut_off and self._trains):
+            if not self._repeats:
                 raise
             batch = batch or self._data.nothing()
             repeated: dict[str, Any] = {
@@ -287,6 +330,63 @@ class _Loader(DataLoader):
             repeated["cut_off"] = str(error)
             while True:
                 yield dict(repeated)
+
+    @property
+    def _repeats(self) -> bool:
+        return self._data.repeats_when_cut_off and self._trains
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        while True:
+            try:
+                return next(batches, {})
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if self._repeats and self._data.asked_to_stop():
+                raise SourceUnavailable(
+                    "stopped by a signal while data was waited for: go on with the same command"
+                )
+
+
+@dataclass
+class Met:
+    """What went wrong in reading."""
+
+    passing: Counter[str] = field(default_factory=Counter)
+    damage: Damage = field(default_factory=Counter)
+
+    def add(self, other: "Met") -> None:
+        """Take in what others met, who may have read the same places."""
+        self.passing.update(other.passing)
+        self.damage |= other.damage
+
+    def by_kind(self) -> Counter[str]:
+        """kind -> how often"""
+        kinds = self.passing.copy()
+        for (kind, _), times in self.damage.items():
+            kinds[kind] += times
+        return kinds
+
+
+class _News:
+    """What this process has met since it was last asked."""
+
+    def __init__(self) -> None:
+        self._told = Met(stores.faults.copy(), stores.damage.copy())
+
+    def take(self) -> Met:
+        new = Met(stores.faults.copy() - self._told.passing, stores.damage.copy() - self._told.damage)
+        self._told.passing.update(new.passing)
+        self._told.damage.update(new.damage)
+        return new
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, value)
+    return every
 
 
 Lane = tuple[int, int]
@@ -313,12 +413,8 @@ class _Position:
     def marks_of_all_ranks(self) -> dict[str, list[list[int]]]:
         """source -> [lane, *mark] of each lane that was read, as plain lists."""
         self.settle()
-        every = [self.marks]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            every = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, self.marks)
         latest: dict[Lane, Mark] = {}
-        for marks in every:
+        for marks in _of_all_ranks(self.marks):
             for lane, mark in marks.items():
                 latest[lane] = max(mark, latest.get(lane, mark))
         found: dict[str, list[list[int]]] = {}
@@ -342,7 +438,7 @@ class _TrainingStream(IterableDataset):
         self.windows, self.rank, self.world = list(windows.values()), rank, world
         self.position, self.locate = data._position, data.locate
         self.batch_size, self.context = data.batch_size, data.context
-        self.faults_told = data._faults_told
+        self.news = data._news
 
     def __len__(self) -> int:
         return ENDLESS
@@ -378,8 +474,9 @@ class _TrainingStream(IterableDataset):
             nothing = (-1,) * 7
             marks = [nothing if lane is None else (source, *lane) for source, lane in seen]
             batch["marks"] = torch.from_numpy(np.array(marks))
-        if faults := _new_faults(self.faults_told):
-            batch["faults"] = dict(faults)
+        met = self.news.take()
+        if met.passing or met.damage:
+            batch["faults"] = met.passing, met.damage
         return batch
 
 
@@ -394,13 +491,6 @@ class _ValidationStream(IterableDataset):
         worker, step = _worker()
         for batch in range(worker, len(self), step):
             yield self.windows.batch(batch * self.batch_size, self.batch_size)
-
-
-def _new_faults(told: Counter[str]) -> Counter[str]:
-    """The faults of this process that are not in `told`; they are added to it."""
-    new = stores.faults.copy() - told
-    told.update(new)
-    return new
 
 
 def _worker() -> tuple[int, int]:

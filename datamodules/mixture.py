@@ -202,8 +202,11 @@ class Mixture(TokenData):
         return hashlib.sha256(json.dumps([parts, phases]).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Counts of all sources together, and each one's own summary under "sources"."""
-        parts = {name: source.summary() for name, source in self._each()}
+        """Counts of all sources together, and each one's own summary under "sources", with its share at first."""
+        total = sum(self.phases[0].values())
+        parts = {
+            name: source.summary() | {"share": self.phases[0][name] / total} for name, source in self._each()
+        }
         summary: dict[str, Any] = {
             key: sum(part[key] for part in parts.values())
             for key in ("val_documents", "val_tokens", "val_bytes")

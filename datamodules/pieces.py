@@ -26,7 +26,7 @@ from datamodules.documents import Damage, Document, Source, hash64, is_unicode
 from datamodules.errors import BadData, first_line
 from datamodules.home import t6_home, write_atomically
 from datamodules.json_rows import reach
-from datamodules.stores import LOCAL, Store, StoredFile, count_fault
+from datamodules.stores import LOCAL, Store, StoredFile, count_damage
 from datamodules.token_cache import PieceCache, Shard
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Pieces:
         cache: Where tokenized pieces are kept; None where only texts are asked for.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's domain; None: all are `domain`.
-        told: Damage of pieces read before, which is not counted as a fault again; what is met is added to it.
+        told: Damage of pieces read before, which is not counted again; what is met is added to it.
     """
 
     def __init__(
@@ -162,13 +162,13 @@ class Pieces:
         return documents
 
     def _tell(self, damage: Damage) -> None:
-        """Count damage as faults, also where it is known from the cache; once each."""
+        """Count damage, also where it is known from the cache; once each."""
         for (kind, place), times in damage.items():
             with _telling:
                 new = (kind, place) not in self.told
                 self.told[kind, place] = times
             if new:
-                count_fault(kind, place, times)
+                count_damage(kind, place, times)
 
     def _documents(self, file: int, piece: int, damage: Damage) -> Iterator[Document]:
         rows = self._row_group(file, piece) if self.is_parquet(file) else self._line_rows(file, piece, damage)

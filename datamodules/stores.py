@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
+from datamodules.documents import Damage
 from datamodules.errors import BadData, SourceUnavailable, first_line
 from datamodules.home import t6_home, write_atomically
 
@@ -29,18 +31,31 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
 
 faults: Counter[str] = Counter()
-"""kind of fault -> how often this process met it."""
+"""kind of passing fault -> how often this process met it."""
+damage: Damage = Counter()
+"""What of stored data this process had to leave out. By place: another process may meet the same."""
 
 
 background = threading.local()
 """`background.stop`: an Event of the present thread that ends its waiting for a hub that is away."""
 
 
-def count_fault(kind: str, where: str, times: int = 1) -> None:
-    """Count a fault; the first of each kind is logged."""
-    faults[kind] += times
-    if faults[kind] == times:
-        log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
+def count_fault(kind: str, where: str) -> None:
+    """Count a passing fault; the first of each kind is logged."""
+    if kind not in faults:
+        _tell(kind, where)
+    faults[kind] += 1
+
+
+def count_damage(kind: str, place: str, times: int) -> None:
+    """Count what is left out of stored data; the first of each kind is logged."""
+    if all(kind != known for known, _ in damage.copy()):
+        _tell(kind, place)
+    damage[kind, place] += times
+
+
+def _tell(kind: str, where: str) -> None:
+    log.warning("%s: %s (further ones of this kind are only counted).", where, kind)
 
 
 LOCAL = "local"
@@ -120,6 +135,11 @@ class Hub:
     @property
     def endpoint(self) -> str:
         return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+    @property
+    def _shown(self) -> str:
+        """The endpoint as messages may say it: an address may hold a password."""
+        return re.sub(r"//[^/@]*@", "//***@", self.endpoint)
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
         listed = {file for pattern in patterns for file in self._tree(_fixed_folder(pattern))}
@@ -230,7 +250,7 @@ class Hub:
                 wait = min(_asked_pause(error) or pause * random.uniform(0.75, 1.25), LONGEST_PAUSE_SECONDS)
                 if time.monotonic() + wait > give_up:
                     raise SourceUnavailable(
-                        f"{self.endpoint} has not given {what} for {self.patience:,.0f} s (last: {kind}); nothing "
+                        f"{self._shown} has not given {what} for {self.patience:,.0f} s (last: {kind}); nothing "
                         "is lost: the same command goes on where it stopped, in training from the last checkpoint."
                     ) from None
                 count_fault(kind, what)
@@ -248,7 +268,7 @@ class Hub:
         """
         from huggingface_hub import errors, get_token
 
-        page = f"{self.endpoint}/datasets/{self.name}"
+        page = f"{self._shown}/datasets/{self.name}"
         if isinstance(error, _Faulty):
             return str(error)
         if isinstance(error, errors.OfflineModeIsEnabled):
@@ -267,20 +287,18 @@ class Hub:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 and get_token() is not None:
             raise BadData(
-                f"HF_TOKEN: {self.endpoint} refuses the token (or there is no repository {self.name!r})."
+                f"HF_TOKEN: {self._shown} refuses the token (or there is no repository {self.name!r})."
             ) from None
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
             raise BadData(
-                f"repository: {self.endpoint} has no data set {self.name!r}, or it is private and HF_TOKEN holds "
+                f"repository: {self._shown} has no data set {self.name!r}, or it is private and HF_TOKEN holds "
                 "no token that may read it."
             ) from None
         if status == 403:
-            raise BadData(
-                f"HF_TOKEN: {self.endpoint} does not let it read {self.name!r} (HTTP 403)."
-            ) from None
+            raise BadData(f"HF_TOKEN: {self._shown} does not let it read {self.name!r} (HTTP 403).") from None
         # 416: the file is shorter there than the listing says, as while a server is being filled.
         if status is not None and status not in (408, 416, 429) and status < 500:
-            raise BadData(f"{what}: {self.endpoint} answers HTTP {status}.") from None
+            raise BadData(f"{what}: {self._shown} answers HTTP {status}.") from None
         if status is not None:
             return f"the hub answers HTTP {status}"
         name = type(error).__name__
@@ -289,7 +307,7 @@ class Hub:
         if "Timeout" in name or isinstance(error, TimeoutError):
             return "the hub stalls"
         if name in ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError"):
-            raise BadData(f"HF_ENDPOINT: {self.endpoint!r} cannot be asked: {first_line(error)}.") from None
+            raise BadData(f"HF_ENDPOINT: {self._shown!r} cannot be asked: {first_line(error)}.") from None
         return "the connection to the hub is dropped or refused"
 
 

@@ -152,6 +152,11 @@ class T6Module(pl.LightningModule):
         factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0) * weight.to(norm.dtype)
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
+    def weights_are_finite(self) -> bool:
+        """Whether the norm of all weights is a finite number. Waits for the device; every rank must ask."""
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.parameters()])
+        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+
     @property
     def step_loss(self) -> torch.Tensor:
         """Nats per counted token of the last optimizer step."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +34,12 @@ from t6_lightning.checkpoint_shards import Pieces
 from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.t6 import T6
+from t6_lightning.signals import signals
 
 SECONDS_TO_LEAVE = 60
 """How long the first process waits for the others that it started."""
+SECONDS_TO_JOIN = 20
+"""How long a rank that was asked to stop still waits for ranks that have not joined, to stop with them."""
 
 
 # --- ranks ---
@@ -56,9 +61,16 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
     environment: Any = getattr(strategy, "cluster_environment", None)
     is_child = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
 
+    def leave_alone(signum: int) -> None:
+        _end(getattr(launcher, "procs", []), patience=0)
+        name, to_go_on = signal.Signals(signum).name, "go on with the same command"
+        print(f"stopped by {name} before all ranks had joined: {to_go_on}", file=sys.stderr, flush=True)
+        os._exit(128 + signum if signum == signal.SIGINT else 75)
+
     def connected_program() -> int:
         strategy.connect(module)
-        strategy.setup_environment()
+        with signals.heeded_in_c(leave_alone, SECONDS_TO_JOIN):
+            strategy.setup_environment()
         # Lightning's own way out, when Python ends, is too late: the first process waits for the others to end.
         atexit.unregister(_destroy_dist_connection)
         console.quiet = not ranks.is_first()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,12 @@ def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
     return file
 
 
-def finish(cli: T6CLI, folder: RunFolder, trained: T6) -> dict[str, Any]:
-    """Measure what is measured once, log it with the artifacts, and write summary.json. Rank 0 alone calls it."""
+def finish(cli: T6CLI, folder: RunFolder, trained: T6, faults: Mapping[str, int]) -> dict[str, Any]:
+    """Measure what is measured once, log it with the artifacts, and write summary.json. Rank 0 alone calls it.
+
+    Args:
+        faults: kind -> how often it was met in reading, on all ranks.
+    """
     net = cli.model.config
     figures = cli.model.figures
     cache, text, speed = sample_text(trained, cli.datamodule, cli.trainer.precision == "bf16-mixed")
@@ -76,7 +81,7 @@ def finish(cli: T6CLI, folder: RunFolder, trained: T6) -> dict[str, Any]:
         "kv_cache/mha_bytes_per_token": mha_elements * element_bytes,
         "data/tokens": step * (cli.cadence.tokens_per_step or 0),
         "data/fingerprint": cli.datamodule.fingerprint,
-        "data/faults": dict(cli.datamodule.faults),
+        "data/faults": dict(faults),
         "mechanism": net.attention.mechanism,
         "step": step,
         "seconds": round(time.monotonic() - cli.started, 1),

@@ -103,8 +103,15 @@ def _prepare(cli: T6CLI, plan: Plan) -> tuple[str, Path | None] | None:
     return folder.name, checkpoint
 
 
-def _open(cli: T6CLI, folder: RunFolder) -> None:
+def _open(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> None:
     """Write what the folder and the tracking store say of a run before it trains."""
+    if checkpoint is None and (changes := _changes(folder, cli)):
+        # Nothing is lost with a run that saved nothing. Unless it did so while data was prepared here.
+        if checkpoint_files.in_order(folder.checkpoints):
+            raise BadInput(f"--run={folder.name!r} is not possible: another process has trained it meanwhile")
+        said = "ended before its first checkpoint and is begun anew, with another configuration"
+        print(f"run {folder.name} {said}: {'; '.join(changes)}", file=sys.stderr)
+        cli.tracking.leave(folder)
     folder.create(cli.config_yaml)
     started = folder.record.get("started") or datetime.now(UTC).isoformat()
     folder.update_record(status="running", started=started)
@@ -117,7 +124,7 @@ def _open(cli: T6CLI, folder: RunFolder) -> None:
 
 
 def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
-    ranks.first(lambda: _open(cli, folder))
+    ranks.first(lambda: _open(cli, folder, checkpoint))
     cli.checkpoints.run_folder = folder
     cli.model.goes_on = checkpoint is not None
     status, mlflow_status, code = "failed", "FAILED", 1
@@ -128,8 +135,9 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
         else:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
         net = parallel.whole_model(cli.model.net)
+        faults = cli.datamodule.faults_of_all_ranks()
         if net is not None and ranks.is_first():
-            report.print_summary(folder, report.finish(cli, folder, net))
+            report.print_summary(folder, report.finish(cli, folder, net, faults))
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
@@ -178,16 +186,19 @@ def _where_to_go_on(cli: T6CLI) -> tuple[RunFolder, Path | None]:
     folder = RunFolder(name)
     if not folder.exists:
         return folder, None
-    changes = _changes(folder, cli)
-    if changes:
-        onward = "add --ckpt_path last to go on with the new values"
-        if folder.last_checkpoint() is None:
-            onward = f"remove {folder.path}, which holds no checkpoint yet"
+    saved = checkpoint_files.in_order(folder.checkpoints)
+    checkpoint = folder.last_checkpoint()
+    if saved and checkpoint is None:
+        raise BadInput(
+            f"--run={name!r} is not possible: none of that run's {len(saved)} checkpoints is whole; choose another "
+            f"name, or remove {folder.path} to train it from the beginning"
+        )
+    if saved and (changes := _changes(folder, cli)):
         raise BadInput(
             f"--run={name!r} is not possible: that run exists with another configuration ({'; '.join(changes[:3])}); "
-            f"choose another name, or {onward}"
+            "choose another name, or add --ckpt_path last to go on with the new values"
         )
-    return folder, folder.last_checkpoint()
+    return folder, checkpoint
 
 
 def _changes(folder: RunFolder, cli: T6CLI) -> list[str]:

@@ -7,9 +7,13 @@ Light to import: the handlers are there before seconds of other imports begin.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(BaseException):
@@ -66,6 +70,40 @@ class Signals:
             yield
         finally:
             self._raised_at_once = False
+
+    @contextmanager
+    def heeded_in_c(self, leave: Callable[[int], object], patience: float) -> Iterator[None]:
+        """For calls into libraries that may wait for ever: while they do, no handler of Python's is run.
+
+        Args:
+            leave: called with a signal, in another thread, where the call goes on `patience` seconds after it.
+        """
+        over = threading.Event()
+        told, teller = socket.socketpair()
+        teller.setblocking(False)
+
+        def watch() -> None:
+            signum = self.noted
+            while not signum:
+                numbers = told.recv(1)  # none once `teller` is closed
+                if not numbers:
+                    return
+                signum = numbers[0] if numbers[0] in ASKS_TO_STOP else 0
+            # Who asks at a terminal sits there.
+            if not over.wait(min(patience, 1) if signum == signal.SIGINT else patience):
+                leave(signum)
+
+        previous = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            signal.set_wakeup_fd(previous)
+            teller.close()
+            watcher.join()
+            told.close()
 
 
 signals = Signals()

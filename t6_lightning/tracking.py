@@ -99,6 +99,14 @@ class MLflowTracking(Logger):
             self._last_step[key] = max(m.step for m in client.get_metric_history(self._run_id, key))
 
     @rank_zero_only
+    def leave(self, run_folder: RunFolder) -> None:
+        """Let the folder's MLflow run stay as it is, ended: `start` then opens a new one."""
+        run_id = run_folder.record.get("mlflow_run_id")
+        if run_id is not None and self.experiment.get_run(run_id).info.status == "RUNNING":
+            self.experiment.set_terminated(run_id, status="KILLED")  # its process could not say so
+        run_folder.update_record(mlflow_run_id=None, started=None)
+
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Log every value under its dotted name; a changed one becomes a tag, as MLflow's parameters stay."""
         from mlflow.entities import Param, RunTag

@@ -282,6 +282,43 @@ def test_a_loss_that_is_no_number_stops_the_run(home: Path) -> None:
         assert all(value.isfinite().all() for value in state.values())
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_takes_another_configuration(home: Path) -> None:
+    from t6_lightning.tracking_store import open_client
+
+    done = fit("too-fast", "--model.optimizer.lr", "1e30", "--trainer.gradient_clip_val", "1e30")
+    assert done.returncode == 1
+    folder = RunFolder("too-fast")
+    before = folder.record["mlflow_run_id"]
+    for number in range(2):
+        done = fit("too-fast", "--trainer.max_steps", "2")
+        assert done.returncode == 0, done.stderr
+        # The second start finds the run finished, of this configuration.
+        assert (
+            done.stderr.count("run too-fast ended before its first checkpoint and is begun anew")
+            == 1 - number
+        )
+    assert "model.optimizer.lr was 1e+30 and is 0.003" not in done.stderr
+    now = folder.record["mlflow_run_id"]
+    assert before != now, "parameters of an MLflow run stay"
+    lr = [open_client().get_run(run_id).data.params["model.optimizer.lr"] for run_id in (before, now)]
+    assert lr == ["1e+30", "0.003"]
+    assert open_client().get_run(before).info.status == "FAILED"
+
+    # What has trained is not given up so.
+    done = fit("too-fast", "--trainer.max_steps", "2", "--model.optimizer.lr", "0.1")
+    assert done.returncode == 2
+    assert "exists with another configuration (model.optimizer.lr was 0.003 and is 0.1)" in done.stderr
+    # Nor where all that it saved is damaged.
+    for checkpoint in folder.checkpoints.glob("*.ckpt"):
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    for other in ([], ["--model.optimizer.lr", "0.1"]):
+        done = fit("too-fast", "--trainer.max_steps", "2", *other)
+        assert done.returncode == 2, done.stderr
+        said = "error: --run='too-fast' is not possible: none of that run's 1 checkpoints is whole; choose"
+        assert said in done.stderr
+    assert folder.record["status"] == "finished"
+
+
 def test_a_damaged_checkpoint_is_passed_over(home: Path, trained: Path) -> None:
     newest = RunFolder("trained").last_checkpoint()
     assert newest is not None

@@ -6,8 +6,10 @@ import gzip
 import json
 import logging
 import os
+import pickle
 import shutil
 import time
+from collections import Counter
 
 import pytest
 import zstandard
@@ -16,7 +18,9 @@ from huggingface_hub import constants
 from loopback_hub import FAULTS, LoopbackHub
 from stream_helpers import c4, consume, fineweb_edu, first, json_lines, pile, tokens_of
 
-from datamodules import C4, BadData, FineWebEdu, Pile, pieces, stores
+from datamodules import C4, BadData, FineWebEdu, Pile, base, pieces, stores
+from datamodules.__main__ import main
+from datamodules.base import Met
 from datamodules.errors import SourceUnavailable
 from datamodules.pieces import Pieces
 from datamodules.stores import Folder
@@ -34,6 +38,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "LONGEST_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     stores.faults.clear()
+    stores.damage.clear()
     with LoopbackHub() as served:
         served.stall_seconds = 0.6
         served.add("HuggingFaceFW/fineweb-edu", fineweb_edu())
@@ -42,6 +47,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
         yield served
     stores.faults.clear()
+    stores.damage.clear()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -169,6 +175,27 @@ def test_the_token_is_sent_and_never_written(hub, tmp_path, monkeypatch, caplog)
         assert not path.is_file() or b"sesame42" not in path.read_bytes()
 
 
+def test_a_password_in_the_hubs_address_is_never_said(hub, monkeypatch, caplog):
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint.replace("//", "//me:sesame42@"))
+    hub.add("some/gated", fineweb_edu(), gated=True)
+    hub.down = True
+    with pytest.raises(SourceUnavailable, match="has not given") as away:
+        FineWebEdu(**COMMON, patience=0.1).prepare_data()
+    hub.down = False
+    with pytest.raises(BadData, match="is gated") as gated:
+        FineWebEdu(**COMMON, repository="some/gated").prepare_data()
+    assert "sesame42" not in f"{away.value} {gated.value} {caplog.text}"
+
+
+def test_preparation_that_the_hub_cuts_off_can_be_run_again(hub, capsys):
+    hub.down = True
+    command = ["prepare", "--data", "C4", "--data.tokenizer", "bytes", "--data.patience", "0.1"]
+    assert main(command) == 75
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    hub.down = False
+    assert main([*command, "--data.val_tokens", "900"]) == 0
+
+
 def test_offline_with_everything_at_hand(hub, monkeypatch):
     rows = tokens_of(first(Pile(**COMMON), 10))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -199,8 +226,9 @@ def test_malformed_rows_are_left_out_counted_and_logged_once(tmp_path, caplog):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
     expected = [text for i, text in enumerate(many_texts(300)) if i not in (7, 11, 20, 30, 200)]
     assert texts_of(tmp_path) == expected
-    assert stores.faults["a malformed row is left out"] == 3
-    assert stores.faults["a row with half of a surrogate pair is left out"] == 1
+    counted = Counter(kind for (kind, _), times in stores.damage.items() for _ in range(times))
+    assert counted["a malformed row is left out"] == 3
+    assert counted["a row with half of a surrogate pair is left out"] == 1
     assert caplog.text.count("a malformed row is left out") == 1
     assert "a.jsonl.gz, piece 0: a malformed row" in caplog.text
 
@@ -239,7 +267,7 @@ def test_damage_is_told_by_every_run_also_from_the_cache(workers, tmp_path, capl
     expected = damaged_mirror(tmp_path / "mirror")
     options = COMMON | {"batch_size": 2, "context": 512}  # each worker has its own two of the four lanes
     for val_tokens in (None, None, 500, 500):  # all is read in preparation, or some of it later
-        stores.faults.clear()
+        stores.damage.clear()
         caplog.clear()
         options["val_tokens"] = val_tokens
         data = C4(**options, path=str(tmp_path / "mirror"), num_workers=workers)
@@ -251,6 +279,26 @@ def test_damage_is_told_by_every_run_also_from_the_cache(workers, tmp_path, capl
         assert data.faults == expected
         if not workers:
             assert all(caplog.text.count(f": {kind} (") == 1 for kind in expected)
+
+
+def test_damage_that_several_processes_read_counts_once(tmp_path):
+    expected = damaged_mirror(tmp_path / "mirror")
+    # One lane for two workers: each reads all of it.
+    data = C4(**COMMON | {"context": 512}, lanes=1, path=str(tmp_path / "mirror"), num_workers=2)
+    for batch in first(data, 100):
+        data.on_before_batch_transfer(dict(batch), 0)
+    assert data.faults == expected
+
+
+def test_damage_that_several_ranks_read_counts_once(tmp_path, monkeypatch):
+    expected = damaged_mirror(tmp_path / "mirror")
+    data = C4(**COMMON | {"val_tokens": None}, path=str(tmp_path / "mirror"))
+    data.train_dataloader()
+    data.on_before_batch_transfer({"faults": (Counter({"the hub stalls": 2}), Counter())}, 0)
+    ours = pickle.dumps(data._met)
+    monkeypatch.setattr(base, "_of_all_ranks", lambda met: [met, pickle.loads(ours), Met()])
+    assert data.faults_of_all_ranks() == expected | {"the hub stalls": 4}
+    assert data.faults == expected | {"the hub stalls": 2}
 
 
 def test_each_data_module_tells_its_own_damage(tmp_path):

@@ -8,12 +8,14 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
-from data_helpers import many_texts
+from data_helpers import many_texts, real_data
 from loopback_hub import LoopbackHub
 from stream_helpers import (
     SUBSETS,
@@ -239,11 +241,41 @@ def test_restore_without_the_cache_fetches_footers_and_row_groups_only(hub, tmp_
     monkeypatch.setenv("T6_HOME", str(tmp_path / "other machine"))
     again = resumed(lambda: FineWebEdu(**options), state)
     hub.forget()
+    began = time.monotonic()
     (batch,) = first(again, 1)
+    assert time.monotonic() - began < 2
     assert tokens_of([batch]) == tokens_of(whole[480:481])
     stored = len(hub.repositories["some/deep"].files["sample/10BT/0.parquet"])
     print(f"restore fetched {hub.bytes_sent:,} of {stored:,} bytes in {hub.requests['file']} requests")
     assert hub.bytes_sent < 0.05 * stored
+
+
+REAL = {
+    FineWebEdu: ("HuggingFaceFW/fineweb-edu", "fineweb/train-00000-of-00001.jsonl.zst", "sample/10BT/000.jsonl.zst"),
+    C4: ("allenai/c4", "c4/c4-train.00000-of-00001.json.gz", "en/c4-train.00000-of-00001.json.gz"),
+    Pile: ("monology/pile-uncopyrighted", "pile/train-00.jsonl.zst", "train/00.jsonl.zst"),
+}  # fmt: skip
+"""Class -> its repository, a file of the test data, its place in the repository."""
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_real_text_through_the_hub(cls, tmp_path, monkeypatch):
+    repository, source, place = REAL[cls]
+    stored = real_data(f"text/{source}").read_bytes()
+    monkeypatch.setattr(pieces, "LINES_BYTES", 1 << 20)
+    with LoopbackHub() as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        served.add(repository, {place: stored})
+        make = partial(cls, tokenizer="bytes", context=512, batch_size=8, val_tokens=20_000)
+        data = make()
+        whole = first(data, 60)
+        assert data.faults == {}
+        assert (len(data.domains) > 5) == (cls is Pile)
+        consume(data, whole[:50])
+        assert tokens_of(first(resumed(make, data.state_dict()), 10)) == tokens_of(whole[50:])
+    (mirror := tmp_path / "mirror" / place).parent.mkdir(parents=True)
+    mirror.write_bytes(stored)
+    assert tokens_of(first(make(path=str(tmp_path / "mirror")), 60)) == tokens_of(whole)
 
 
 def test_a_large_row_group_is_read_in_parts(hub, monkeypatch):
@@ -330,6 +362,7 @@ def test_command_line(hub, tmp_path, capsys):
     assert main(["inspect", "--config", str(tmp_path / "run.yaml"), "--tokens", "9000"]) == 0
     printed = capsys.readouterr().out
     assert "train edu" in printed
+    assert re.search(r"^train c4 .* 10\.0%$", printed, re.MULTILINE)
     assert "pack from the cache" in printed
     for arguments, says in (
         (["--data", "C4", "--data.lans", "3"], "there is no setting 'lans'"),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,23 @@ def signal_before_training(moment: str) -> None:
         return function(*args)
 
     setattr(owner, name, with_signal)
+
+
+def wait_for_one_that_never_joins(absent: str, before: bool) -> None:
+    """One rank dies at once; the other is asked to stop before or while it waits for it."""
+    if os.environ["RANK"] == absent:
+        os._exit(9)
+    from t6_lightning import parallel
+
+    parallel.SECONDS_TO_JOIN = 1
+    join = torch.distributed.init_process_group
+
+    def with_signal(*args: Any, **options: Any) -> None:
+        kill = partial(os.kill, os.getpid(), signal.SIGTERM)
+        kill() if before else threading.Timer(1, kill).start()
+        join(*args, **options)
+
+    torch.distributed.init_process_group = with_signal
 
 
 def record_samples(folder: str, stop: int | None = None) -> None:
@@ -265,6 +283,22 @@ def test_a_signal_to_one_rank_before_training_ends_both_alike(home: Path, moment
     assert RunFolder(name).last_checkpoint() is None
     if moment == "build":
         ranks.fit(2, name, *EXACT, "--trainer.max_steps", "12")
+
+
+@pytest.mark.parametrize(("absent", "before"), [(0, False), (1, False), (1, True)])
+def test_a_signal_ends_a_rank_that_waits_for_one_that_never_joins(
+    home: Path, absent: int, before: bool
+) -> None:
+    said = home / "said" / f"alone-{absent}-{before}"
+    arguments = ["fit", *TINY, *EXACT, "--trainer.accelerator", "cpu", "--run", "alone"]
+    preparation = partial(wait_for_one_that_never_joins, str(absent), before)
+    began = time.monotonic()
+    codes = ranks.finish(ranks.start(2, said, *arguments, preparation=preparation))
+    waited = (said / f"rank-{1 - absent}.txt").read_text()
+    assert sorted(codes) == [9, 75], waited
+    assert "stopped by SIGTERM before all ranks had joined: go on with the same command" in waited
+    assert time.monotonic() - began < 60
+    assert not RunFolder("alone").exists
 
 
 def test_what_rank_0_refuses_is_said_once_and_ends_every_rank(home: Path, one: str) -> None:

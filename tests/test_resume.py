@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sqlite3
@@ -120,16 +121,18 @@ def test_killed_runs_end_bit_for_bit_as_the_uninterrupted_one(home: Path, refere
 
 
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(home: Path, reference: str) -> None:
+    """It is sent to all processes, the loader's too, as SLURM and systemd do."""
     process = subprocess.Popen(
         command("fit", *TINY, "--run", "signalled"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while logged_step(home, "signalled") < 7:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert "stopped by SIGTERM after a checkpoint at step" in errors

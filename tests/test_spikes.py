@@ -16,6 +16,7 @@ from commands import TINY
 from test_resume import metrics, weights
 
 from t6_lightning.callbacks.spikes import SpikeGuard
+from t6_lightning.checkpoint_files import in_order, load
 from t6_lightning.errors import BadInput
 from t6_lightning.runs import RunFolder
 
@@ -51,6 +52,16 @@ def break_steps(
 
     T6Module._summed_loss = broken
     Checkpoints._after_step = with_signal
+
+
+def explode(steps: tuple[int, ...]) -> None:
+    """The learning rate of some optimizer steps (from 1) is absurd."""
+    from t6_lightning.module import T6Module
+
+    learning_rate: Any = T6Module.learning_rate
+    T6Module.learning_rate = property(  # pyright: ignore[reportAttributeAccessIssue]
+        lambda self: 1e25 if self.trainer.global_step + 1 in steps else learning_rate.fget(self)
+    )
 
 
 def killed_after(step: int, preparation: Callable[[], None]) -> None:
@@ -131,16 +142,21 @@ def test_rolled_back_weights_are_those_of_the_last_regular_checkpoint(home: Path
     assert_same(home, "back2", "back")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2 sharded"])
 def test_ranks_decide_alike(home: Path, strategy: str) -> None:
     """The loss breaks on rank 1 alone."""
-    name = f"two-{strategy}"
+    strategy, *sharded = strategy.split()
+    name = f"two-{strategy}-{len(sharded)}"
     arguments = ["--spikes.action", "rollback", "--trainer.strategy", strategy, "--trainer.max_steps", "8"]
+    arguments += ["--checkpoints.sharded", "true"] if sharded else []
     ranks.fit(2, name, *SHORT, *arguments, preparation=partial(break_steps, (7,), rank=1))
-    guard = weights(name)["callbacks"]["SpikeGuard"]
+    saved = RunFolder(name).last_checkpoint()
+    assert saved is not None
+    state = load(saved)
+    guard = state["callbacks"]["SpikeGuard"]
     assert (guard["skipped"], guard["rollbacks"]) == ([7], 1)
-    assert {int(one["step"]) for one in weights(name)["optimizer_states"][0]["state"].values()} == {6}
-    assert all(value.isfinite().all() for value in weights(name)["state_dict"].values())
+    assert {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()} == {6}
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_too_many_in_a_row_end_the_run(home: Path) -> None:
@@ -150,6 +166,34 @@ def test_too_many_in_a_row_end_the_run(home: Path) -> None:
     assert "error: 3 steps in a row were refused, the last of them step 8: the run stops" in said
     assert "step-00000005.ckpt" in said
     assert RunFolder("hopeless").record["status"] == "failed"
+
+
+def test_a_step_that_makes_weights_overflow_reaches_no_checkpoint(home: Path) -> None:
+    """Loss and gradient of the step are as usual, and a checkpoint is due right after it."""
+    back = ["--spikes.action", "rollback", "--checkpoints.keep", "9"]
+    said = ranks.fit(1, "overflow", *SHORT, *back, preparation=partial(explode, (10,)))
+    assert "step 10 made the weights overflow: loss" in said
+    assert "step 10: weights and optimizer are those of step-00000005.ckpt again" in said
+    assert weights("overflow")["callbacks"]["SpikeGuard"]["skipped"] == [10]
+    saved = in_order(RunFolder("overflow").checkpoints)
+    assert [file.name[-7:] for file in saved] == ["05.ckpt", "10.ckpt", "15.ckpt", "16.ckpt"]
+    for file in saved:
+        assert all(value.abs().max() < 100 for value in load(file)["state_dict"].values()), file
+    assert [step for step, _ in metrics(home, "overflow")["optim/lr"]] == list(range(1, 17)), "each step once"
+
+    # Every step does: the run ends instead of going back for ever.
+    said = interrupted("absurd", 1, *back, preparation=partial(explode, tuple(range(6, 17))))
+    assert "error: 10 steps in a row were refused, the last of them step 15: the run stops" in said
+    said = interrupted("at-once", 1, *back, preparation=partial(explode, (3,)))
+    assert "error: step 3 made the weights overflow, and there is no checkpoint to go back to" in said
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_weights_that_overflowed_are_not_saved(home: Path, action: str) -> None:
+    name = f"unsaved-{action}"
+    said = interrupted(name, 1, "--spikes.action", action, preparation=partial(explode, (10,)))
+    assert "error: the weights overflowed by step 10: the run stops. Last good checkpoint: " in said
+    assert [file.name for file in in_order(RunFolder(name).checkpoints)] == ["step-00000005.ckpt"]
 
 
 def test_a_spike_stands_out_above_the_accepted_losses() -> None:

@@ -20,10 +20,11 @@ import yaml
 from commands import TINY
 from data_helpers import many_texts, write_jsonl
 from loopback_hub import LoopbackHub
-from stream_helpers import c4, fineweb_edu
+from stream_helpers import c4, fineweb_edu, parquet
 from test_distributed import EXACT, elastic, record_samples
 from test_resume import logged_step, same_state
 
+from t6_lightning.checkpoint_files import step_of
 from t6_lightning.runs import RunFolder
 
 MOMENTS = ("step", "checkpoint", "validation", "fetch")
@@ -224,6 +225,45 @@ def test_a_hub_that_stays_away_ends_the_run_and_the_same_command_goes_on(
     assert RunFolder(name).last_checkpoint() is not None, "though no regular checkpoint was due"
     ranks.fit(world, name, *steps)
     same_state(home, name, f"there-{world}", 80)
+
+
+def test_a_signal_ends_a_run_that_waits_for_the_hub(
+    home: Path, served: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the hub's patience is over, and as if the signal had come after the last whole step."""
+    monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+    served.add("some/pages", {"sample/10BT/0.parquet": parquet(many_texts(3000), 50)})
+    options = {"repository": "some/pages", "lanes": 1, "patience": 900}
+    config = tmp_path / "pages.yaml"
+    config.write_text(yaml.safe_dump({"data": {"class_path": "FineWebEdu", "init_args": options}}))
+    steps = ["--config", str(config), "--trainer.max_steps", "80", "--checkpoints.every_tokens", "100000"]
+    steps += ["--cadence.log_every_steps", "1", "--cadence.validate_every_tokens", "100000"]
+    ranks.fit(1, "heard", *steps, "--data.val_tokens", "400")
+    subprocess.run(["rm", "-r", str(home / "tokens")], check=True)
+    said = home / "said" / "deaf"
+    arguments = ["fit", *TINY, *steps, "--data.val_tokens", "400", "--trainer.accelerator", "cpu"]
+    watching = gone_when(home, served, "deaf", 3)
+    try:
+        processes = ranks.start(1, said, *arguments, "--run", "deaf")
+        watching.join()
+        while True:
+            before = logged_step(home, "deaf")
+            time.sleep(3)
+            if logged_step(home, "deaf") == before:
+                break
+        assert before < 80
+        began = time.monotonic()
+        os.kill(processes[0].pid or 0, signal.SIGTERM)
+        assert ranks.finish(processes) == [75], (said / "rank-0.txt").read_text()
+        assert time.monotonic() - began < 30
+    finally:
+        served.down = False
+    assert "while data was waited for: go on with the same command" in (said / "rank-0.txt").read_text()
+    saved = RunFolder("deaf").last_checkpoint()
+    assert saved is not None
+    assert step_of(saved) == before
+    ranks.fit(1, "deaf", *steps, "--data.val_tokens", "400")
+    same_state(home, "deaf", "heard", 80)
 
 
 def unreachable(where: str) -> None:

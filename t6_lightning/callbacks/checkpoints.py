@@ -158,6 +158,7 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         data.repeats_when_cut_off = data.streamed
+        data.asked_to_stop = lambda: signals.noted != 0
         self._handler_of_sigint = signal.signal(signal.SIGINT, signals.note)
         if signum := ranks.signalled():
             raise Interrupted(signum)

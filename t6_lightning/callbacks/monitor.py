@@ -130,7 +130,10 @@ class Monitor(pl.Callback):
             self.tracking.log_metrics(pl_module.figures, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        self.check_finite()  # a checkpoint of broken weights is worse than none
+        self.check_finite()
+        assert isinstance(pl_module, T6Module)
+        if not pl_module.weights_are_finite():  # a checkpoint of broken weights is worse than none
+            raise Diverged(f"the weights overflowed by step {trainer.global_step}")
         self._pause_clock(pl_module)
 
     def _start_clock(self, trainer: pl.Trainer) -> None:

@@ -30,7 +30,8 @@ class SpikeGuard(pl.Callback):
 
     Args:
         action: "stop" ends the run at a loss or gradient that is not finite; "skip" leaves weights and optimizer
-            as they were before the step; "rollback" puts back those of the last regular checkpoint too.
+            as they were before the step; "rollback" puts back those of the last regular checkpoint too, also after
+            a step that made the weights themselves overflow.
         sigmas: a loss this many standard deviations above the mean of the last accepted ones is a spike; null
             looks at finiteness alone.
         window: accepted losses that mean and deviation are taken of; before there are as many, nothing is a spike.
@@ -96,7 +97,6 @@ class SpikeGuard(pl.Callback):
         self.refused = not (math.isfinite(value) and math.isfinite(norm)) or self._is_spike(value)
         if not self.refused:
             self._losses.append(value)
-            self._in_a_row = 0
         return not self.refused
 
     def _is_spike(self, loss: float) -> bool:
@@ -109,21 +109,30 @@ class SpikeGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx) or not self.refused:
+        if not stepped(trainer, batch_idx):
             return
         assert isinstance(pl_module, T6Module)
+        # A usual loss says nothing of the weights that the step left, and those must not reach a checkpoint.
+        overflowed = self.action == "rollback" and not self.refused and not pl_module.weights_are_finite()
+        self.refused |= overflowed
+        if not self.refused:
+            self._in_a_row = 0
+            return
         step = trainer.global_step
         self._skipped.append(step)
         self._in_a_row += 1
         if self._in_a_row >= self.most_in_a_row:
             raise Diverged(f"{self._in_a_row} steps in a row were refused, the last of them step {step}")
-        console.print(
-            f"step {step} was skipped: loss {float(pl_module.step_loss):.4g}, "
-            f"gradient norm {float(pl_module.grad_norm):.4g}"
-        )
+        figures = f"loss {float(pl_module.step_loss):.4g}, gradient norm {float(pl_module.grad_norm):.4g}"
+        is_undone = "made the weights overflow" if overflowed else "was skipped"
+        console.print(f"step {step} {is_undone}: {figures}")
         if self.action == "rollback":
             checkpoint = ranks.first(lambda: self.checkpoints.last_regular(step))
             if checkpoint is not None:
                 parallel.restore_weights(trainer, checkpoint)
                 self._rollbacks += 1
                 console.print(f"step {step}: weights and optimizer are those of {checkpoint.name} again")
+            elif overflowed:
+                raise Diverged(
+                    f"step {step} made the weights overflow, and there is no checkpoint to go back to"
+                )
