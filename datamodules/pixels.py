@@ -19,6 +19,7 @@ from datamodules.base import TokenData
 from datamodules.documents import Document
 from datamodules.errors import BadData, first_line
 from datamodules.packing import Batch, FixedWindows, Mark, Rows, Windows
+from datamodules.stores import Hub
 from datamodules.tokenizer import RAW_BYTES, Tokenizer
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049
@@ -36,6 +37,7 @@ class Pixels(TokenData):
         val_images, val_labels: The same for validation; for a `datasets` name the split (null: test).
         val_count: At most so many validation images, the first ones; null: all.
         grey: Make colour images grey.
+        revision: Branch, tag or commit of a `datasets` name. The commit is kept in T6_HOME, as for text.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Pixels(TokenData):
         val_labels: str | None = None,
         val_count: int | None = 1000,
         grey: bool = False,
+        revision: str = "main",
         **common: Any,
     ):
         super().__init__(**common)
@@ -53,6 +56,7 @@ class Pixels(TokenData):
             raise BadData(f"val_count: {val_count} is not allowed; allowed: 1 or more, or null for all.")
         self.images, self.labels = images, labels
         self.val_images, self.val_labels, self.val_count, self.grey = val_images, val_labels, val_count, grey
+        self.revision = revision
 
     @cached_property
     def _sets(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -105,7 +109,7 @@ class Pixels(TokenData):
         loaded: Any = (
             datasets.load_dataset("parquet", data_files=[str(path)], split="train")
             if path is not None
-            else datasets.load_dataset(name, split=split)
+            else datasets.load_dataset(name, split=split, revision=Hub(name, self.revision).revision)
         )
         kinds = {column: type(feature).__name__ for column, feature in loaded.features.items()}
         image = next((column for column, kind in kinds.items() if kind == "Image"), None)
@@ -149,7 +153,9 @@ class Pixels(TokenData):
             "val_tokens": validation.size,
             "val_bytes": validation.size,
         }
-        return {
+        local = Path(self.images).expanduser().exists()
+        read = {} if local else {"source": self.images, "revision": Hub(self.images, self.revision).revision}
+        return read | {
             "train_documents": len(train),
             "train_tokens": train.size,
             "train_bytes": train.size,

@@ -137,11 +137,12 @@ def test_images_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
         "import torch\n"
         "from datamodules import Pixels\n"
         "data = Pixels('some/images', context=18, batch_size=4)\n"
+        "print(data.summary()['revision'])\n"
         "print(torch.cat([batch['targets'] for batch in data.val_dataloader()]).tolist())\n"
     )
     with LoopbackHub() as hub:
         parts = {"train": color_images(30)[1], "test": content}
-        hub.add(
+        repository = hub.add(
             "some/images", {f"data/{split}-00000-of-00001.parquet": file for split, file in parts.items()}
         )
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -149,4 +150,6 @@ def test_images_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == images.reshape(20, -1).tolist()
+    revision, targets = done.stdout.splitlines()[-2:]
+    assert json.loads(targets) == images.reshape(20, -1).tolist()
+    assert revision == repository.commit()
