@@ -25,6 +25,7 @@ TINY = {
     "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
     "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
 }
+RECORDED = Path(__file__).parents[1] / "kernels/results/decode-h100.json"
 QUICK = ["--seconds", "0", "--device", "cpu"]
 
 
@@ -267,12 +268,49 @@ def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path
 
 
 def test_a_picture_of_the_table(tmp_path: Path):
-    listed = Path(__file__).parents[1] / "kernels/results/decode-h100.json"
-    assert plot([str(listed), str(tmp_path / "decode.png")]) == 0
+    assert plot([str(RECORDED), str(tmp_path / "decode.png")]) == 0
     assert (tmp_path / "decode.png").stat().st_size > 10_000
-    assert plot([str(tmp_path / "absent.json"), str(tmp_path / "x.png")]) == 2
-    (tmp_path / "other.json").write_text("{}")
-    assert plot([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
+    # One of the cases is enough.
+    table = json.loads(RECORDED.read_text())
+    table["rows"] = [row for row in table["rows"] if row["heads"] == 47]
+    (tmp_path / "some.json").write_text(json.dumps(table))
+    assert plot([str(tmp_path / "some.json"), str(tmp_path / "some.svg")]) == 0
+    assert (tmp_path / "some.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "holds no table of decode cases"),
+        (b"3", "holds no table of decode cases"),
+        (b'{"rows": [1], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [{}], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "none of the cases that are"),
+    ],
+)
+def test_a_picture_of_something_else_is_one_sentence(content, sentence, tmp_path: Path, capsys):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    assert plot([str(tmp_path / "x.json"), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("x", "allowed endings: ."), ("x.json", "allowed endings: ."), ("no/x.png", "there is no such folder")],
+)
+def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_path: Path, capsys):
+    assert plot([str(RECORDED), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):

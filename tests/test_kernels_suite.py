@@ -81,6 +81,7 @@ def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
     assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
     assert (tmp_path / "good.txt").read_text() == "good\n"
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_part_that_really_runs_here_is_judged(tmp_path):
@@ -96,13 +97,52 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     for arguments, said in (
         (["F", "--only", "nothing"], "--only nothing: allowed: checks, train, generate, decode"),
         (["F", "--limit", "0"], "--limit must be above 0, got 0"),
+        (["F", "--limit", "nan"], "--limit: must be a number of seconds, got 'nan'"),
+        (["F", "--reference", str(tmp_path)], "flashtpa_decode_triton.py is not there; name a clone"),
+        ([], "the following arguments are required: FOLDER"),
     ):
         with pytest.raises(SystemExit) as ended:
             suite.main(arguments)
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert not Path("F").exists()
     assert targets.main([str(tmp_path)]) == 2
     assert "has none of decode.json, train.json" in capsys.readouterr().err
     (tmp_path / "decode.json").write_text("{")
     assert targets.main([str(tmp_path)]) == 2
     assert "decode.json is no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '{"rows": 3}', '{"rows": [1]}'])
+def test_a_result_that_is_something_else_is_one_sentence(content, tmp_path, capsys):
+    (tmp_path / "decode.json").write_text(content)
+    assert targets.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m kernels.bench.targets: {tmp_path}/decode.json holds no results of 'decode', whose rows stand"
+        " under 'rows'\n"
+    )
+
+
+def test_zeros_are_not_measured(tmp_path, capsys):
+    (tmp_path / "cache.json").write_text('[{"padding_bytes": 0, "logical_bytes": 0, "predicted_bytes": 0}]')
+    assert targets.main([str(tmp_path)]) == 0
+    assert "declared padding of the cache | ≤ 5.0 % | not measured" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_and_an_interrupt_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (tmp_path / "file").touch()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", interrupt)
+    for folder, code, said in (("file", 2, "file cannot be made: File exists"), ("made", 130, "interrupted")):
+        with pytest.raises(SystemExit) as ended:
+            suite.main([str(tmp_path / folder)])
+        assert ended.value.code == code
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1

@@ -25,16 +25,17 @@ def why_not_writable(file: str) -> str | None:
     return None
 
 
-def write(file: str, text: str) -> None:
-    """Write `text`; a file that was there stays until all of the new one is. Raises ValueError, in one sentence."""
+def write(file: str, content: str | bytes) -> None:
+    """Write `content`; a file that was there stays until all of the new one is. Raises ValueError, in one sentence."""
+    data = content.encode() if isinstance(content, str) else content
     path = Path(file).resolve()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
-            path.write_text(text)  # a pipe or a terminal, or nothing can lie beside it
+            path.write_bytes(data)  # a pipe or a terminal, or nothing can lie beside it
             return
         try:
-            beside.write_text(text)
+            beside.write_bytes(data)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
