@@ -34,9 +34,9 @@ class Parser(argparse.ArgumentParser):
 def check_files(options: argparse.Namespace, *names: str) -> None:
     """Raises BadInput where a file cannot be written: better before the work than after it."""
     for name in names:
-        file = getattr(options, name)
-        on_screen = file is None or (name == "json" and file == "-")
-        why_not = None if on_screen else files.why_not_writable(file)
+        file: str | None = getattr(options, name)
+        nothing = file is None or (name == "json" and file == "-")
+        why_not = None if file is None or nothing else files.why_not_writable(file)
         require(why_not is None, f"--{name}", file, why_not or "")
 
 
