@@ -146,3 +146,28 @@ def test_a_folder_that_cannot_be_made_and_an_interrupt_are_one_sentence(tmp_path
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_the_page_about_decoding_says_what_its_table_holds():
+    page = (RECORDED.parents[1] / "docs" / "flashtpa-decode.md").read_text()
+    rows = recorded()["decode"]["rows"]
+    groups = {
+        group: [row for row in rows if row["group"] == group] for group in {row["group"] for row in rows}
+    }
+    to_one = [row["times_one_dense_query"] for row in groups["ragged and paged"]]
+    assert f"| within {100 * max(abs(ratio - 1) for ratio in to_one):.1f} % | reached |" in page
+    large = groups["256 MB and more"]
+    to_mqa = {
+        rank: [row["median_s"] / row["mqa_s"] for row in large if row["rank"] == rank] for rank in (1, 2, 4)
+    }
+    said = [f"{min(ratios):.1f} to {max(ratios):.1f}" for ratios in to_mqa.values()]
+    low, high = said[0].split(" to ")
+    assert (
+        f"takes {low} to\n{high} times its time at rank 1, {said[1]} at rank 2, {said[2]} at rank 4" in page
+    )
+    several = {
+        row["queries"]: row["times_one_dense_query"] for row in groups["query tokens"] if row["heads"] == 32
+    }
+    assert f"8 and 16 queries cost {several[8]:.2f}× and {several[16]:.2f}× one" in page
+    [whole] = [row for row in large if (row["heads"], row["head_dim"], row["rank"]) == (32, 64, 1)]
+    assert f"403 MB take {1e6 * whole['median_s']:.0f} µs" in page
