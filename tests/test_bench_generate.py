@@ -77,3 +77,14 @@ def test_a_preset_that_does_not_exist_stops_before_the_first_is_timed(
     monkeypatch.setattr(bench_generate, "copy_bandwidth", lambda _: pytest.fail("something was timed"))
     assert main(["bench", "generate", "quickstart", "no-such-preset", "--device", "cpu"]) == 2
     assert "no-such-preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("max_new_tokens", "0"), ("temperature", "nan"), ("temperature", "-1"), ("top_k", "0")],
+)
+def test_a_setting_out_of_range_is_said_before_a_checkpoint_is_read(
+    setting: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--ckpt_path", "no/such/file", "--prompt", "x", f"--{setting}", value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {setting}=")
