@@ -53,14 +53,35 @@ def _say_once(op_name: str, name: str) -> bool:
     return True
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast chooses the dtypes of products there."""
+    # Not torch.amp.is_autocast_available: the compiler of torch 2.11 breaks its graph there.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def one_dtype(*tensors: torch.Tensor) -> bool:
+    """Whether torch's products take these together: tensors of one dtype, or any inside autocast."""
+    return autocasts(tensors[0].device) or all(x.dtype == tensors[0].dtype for x in tensors)
+
+
+def check_floats(op_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where one of them holds no floating-point numbers."""
+    for name, x in tensors.items():
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{op_name}: {name} must be of a floating-point dtype, is {x.dtype}")
+
+
+def values_are_at_hand(x: torch.Tensor) -> bool:
+    """Whether a look at what `x` holds waits for no device and breaks no graph of torch.compile."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is torch.Tensor
+
+
 def product_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
     """What a matrix product of the two is computed in: autocast's dtype inside autocast, else the wider of theirs.
 
     float64 stays.
     """
-    device = x.device.type
     wider = torch.promote_types(x.dtype, y.dtype)
-    # Not torch.amp.is_autocast_available: the compiler of torch 2.11 breaks its graph there.
-    if wider != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if wider != torch.float64 and autocasts(x.device):
+        return torch.get_autocast_dtype(x.device.type)
     return wider

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from t6_lightning.__main__ import main
+from t6_lightning.commands import bench_generate
 from t6_lightning.commands.bench_generate import filled_cache, random_model
 from t6_lightning.presets import load_net
 
@@ -57,6 +58,8 @@ def test_what_is_timed_holds_no_zeros_but_padding() -> None:
         (["generate", "quickstart", "--context", "11", "--new_tokens", "3"], "need at least 12"),
         (["generate", "quickstart", "--batch", "0"], "--batch=0 is not possible: it must be at least 1"),
         (["generate", "no-such-preset"], "no-such-preset"),
+        (["generate", "quickstart", "--json", "."], "--json='.' is not possible: it is a folder"),
+        (["generate", "quickstart", "--context", "1" + 30 * "0"], "its cache cannot be allocated here"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -66,3 +69,22 @@ def test_bad_input_is_one_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_preset_that_does_not_exist_stops_before_the_first_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_generate, "copy_bandwidth", lambda _: pytest.fail("something was timed"))
+    assert main(["bench", "generate", "quickstart", "no-such-preset", "--device", "cpu"]) == 2
+    assert "no-such-preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("max_new_tokens", "0"), ("temperature", "nan"), ("temperature", "-1"), ("top_k", "0")],
+)
+def test_a_setting_out_of_range_is_said_before_a_checkpoint_is_read(
+    setting: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--ckpt_path", "no/such/file", "--prompt", "x", f"--{setting}", value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {setting}=")

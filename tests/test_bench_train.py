@@ -32,7 +32,7 @@ def test_figures_of_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["bench"], "choose one of train, generate"),
+        (["bench"], "bench: choose one of train, generate"),
         (["bench", "sleep"], "bench sleep: choose one of train, generate"),
         (["bench", "train"], "PRESET"),
         (
@@ -42,6 +42,13 @@ def test_figures_of_a_model(tmp_path, capsys):
         (["bench", "train", "quickstart", "--profile", "no/such/file"], "there is no such folder"),
         (["bench", "train", "quickstart", "nothing-of-the-sort", *SHORT], "nothing-of-the-sort"),
         (["bench", "train", "quickstart", *SHORT, "--attention_backend", "triton"], "NVIDIA GPU"),
+        (["bench", "train", "quickstart", "--profile", "."], "--profile='.' is not possible: it is a folder"),
+        (["bench", "train", "quickstart", "--json", ""], "--json='' is not possible: it names no file"),
+        (
+            ["bench", "train", "quickstart", *SHORT, "--batch", "1" + 13 * "0"],
+            "--batch 10000000000000 --context 16: a step of quickstart does not fit into memory",
+        ),
+        (["bench", "train", "quickstart", *SHORT, "--context", "1" + 30 * "0"], "does not fit into memory"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, why, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from variants import one_per_family, random_model, random_tokens, variants
 
+from t6_lightning.__main__ import main
 from t6_lightning.commands.cache import measure
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.cache import KVCache
@@ -58,6 +59,23 @@ def test_measured_bytes_of_a_preset() -> None:
     assert row["padding_bytes"] == 2 * 64 * 24 * 4 * 2
     assert row["measured_bytes"] == row["logical_bytes"] + row["padding_bytes"]
     assert row["ratio_to_mha"] == 444 / 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--context", "1" + 30 * "0"], "quickstart's cache cannot be allocated here"),
+        (["--context", "1" + 17 * "0"], "quickstart's cache cannot be allocated here"),
+        (["--json", "."], "--json='.' is not possible: it is a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", "quickstart", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))

@@ -147,3 +147,40 @@ def test_named_implementations_say_why_they_cannot_run_here():
             attention(q, q, q, scale=1.0, backend=name)
     with pytest.raises(ValueError, match="documents need causal=True"):
         attention(q, q, q, scale=1.0, causal=False, documents=offsets(torch.zeros(1, 4)))
+
+
+def three(B=2, T=3, M=3, H=4, G=2):
+    return torch.randn(B, T, H, 8), torch.randn(B, M, G, 8), torch.randn(B, M, G, 5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
+def test_nothing_to_attend_gives_an_empty_result(backend):
+    assert attention(*three(T=0), scale=0.3, causal=False, backend=backend).shape == (2, 0, 4, 5)
+    none = offsets(torch.zeros(0, 3).long())
+    assert attention(*three(B=0), scale=0.3, documents=none, backend=backend).shape == (0, 3, 4, 5)
+
+
+def test_mixed_dtypes_take_a_backend_that_can():
+    q, k, v = three()
+    expected = attention(q.half().float(), k, v, scale=0.3, backend="plain")
+    torch.testing.assert_close(attention(q.half(), k, v, scale=0.3), expected.half())
+    with pytest.raises(ValueError, match=r"'sdpa' cannot run here: .* must be of one dtype"):
+        attention(q.half(), k, v, scale=0.3, backend="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "sentence"),
+    [
+        (three(G=0), {}, "with H a multiple of G"),
+        ([x[0] for x in three()], {}, r"must be \(B, T, H, D\)"),
+        ([x.long() for x in three()], {}, "q must be of a floating-point dtype, is torch.int64"),
+        (three(), {"dropout": -0.1}, "dropout must be 0 to 1, got -0.1"),
+        (three(), {"dropout": 1.5}, "dropout must be 0 to 1, got 1.5"),
+        (three(), {"documents": torch.zeros(2, 3).long()}, "documents must be what `offsets` gives"),
+        (three(), {"documents": torch.tensor([0, 3])}, "documents must end at B T = 6, end at 3"),
+    ],
+    ids=["no KV heads", "3 dimensions", "integers", "dropout below", "above", "documents", "other documents"],
+)
+def test_what_does_not_fit_is_refused(inputs, options, sentence):
+    with pytest.raises(ValueError, match=f"attention: .*{sentence}"):
+        attention(*inputs, scale=0.3, **options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from interpreter import needs_interpreter
 
-from kernels.bench import cases, decode_table
+from kernels.bench import cases, decode_table, files, report
 from kernels.bench.__main__ import main
 from kernels.bench.others import REFERENCE_FILES, Reference
 from kernels.bench.plot import main as plot
@@ -25,6 +25,7 @@ TINY = {
     "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
     "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
 }
+RECORDED = Path(__file__).parents[1] / "kernels/results/decode-h100.json"
 QUICK = ["--seconds", "0", "--device", "cpu"]
 
 
@@ -116,6 +117,11 @@ def test_as_a_command_with_json_in_a_file(tmp_path):
         (["decode", "--table"], "--table times the Triton kernel: it needs a CUDA device"),
         (["decode", "--table", "--head-dim", "8"], "--table has its own sizes: leave out --head-dim"),
         (["train"], "invalid choice: 'train'"),
+        (
+            ["decode", "--context", "1" + 14 * "0"],
+            "--context 100000000000000: there is no memory for these sizes",
+        ),
+        (["loss", "--d-model", "1" + 20 * "0"], "--d-model 100000000000000000000: there is no memory"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
@@ -262,9 +268,90 @@ def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path
 
 
 def test_a_picture_of_the_table(tmp_path: Path):
-    listed = Path(__file__).parents[1] / "kernels/results/decode-h100.json"
-    assert plot([str(listed), str(tmp_path / "decode.png")]) == 0
+    assert plot([str(RECORDED), str(tmp_path / "decode.png")]) == 0
     assert (tmp_path / "decode.png").stat().st_size > 10_000
-    assert plot([str(tmp_path / "absent.json"), str(tmp_path / "x.png")]) == 2
-    (tmp_path / "other.json").write_text("{}")
-    assert plot([str(tmp_path / "other.json"), str(tmp_path / "x.png")]) == 2
+    # One of the cases is enough.
+    table = json.loads(RECORDED.read_text())
+    table["rows"] = [row for row in table["rows"] if row["heads"] == 47]
+    (tmp_path / "some.json").write_text(json.dumps(table))
+    assert plot([str(tmp_path / "some.json"), str(tmp_path / "some.svg")]) == 0
+    assert (tmp_path / "some.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "holds no table of decode cases"),
+        (b"3", "holds no table of decode cases"),
+        (b'{"rows": [1], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [{}], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "none of the cases that are"),
+    ],
+)
+def test_a_picture_of_something_else_is_one_sentence(content, sentence, tmp_path: Path, capsys):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    assert plot([str(tmp_path / "x.json"), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("x", "allowed endings: ."), ("x.json", "allowed endings: ."), ("no/x.png", "there is no such folder")],
+)
+def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_path: Path, capsys):
+    assert plot([str(RECORDED), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "plan", lambda *_, **__: pytest.fail("something was timed"))
+    for name, sentence in (
+        (str(tmp_path), "it is a folder"),
+        ("", "it names no file"),
+        (str(tmp_path / "absent" / "x.json"), "there is no such folder"),
+        ("/proc/x.json", "it cannot be written"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["loss", *QUICK, "--json", name])
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert f"--json {name!r}: {sentence}" in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("older")
+    assert files.why_not_writable(str(file)) is None
+    assert file.read_text() == "older"
+    with pytest.raises(UnicodeEncodeError):
+        files.write(str(file), "newer \ud800")
+    assert file.read_text() == "older"
+    files.write(str(file), "newer")
+    assert file.read_text() == "newer"
+    assert [found.name for found in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device"):
+        files.write("/dev/full", "x")
+
+
+def test_an_interrupted_run_says_so(capsys, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "run", interrupt)
+    with pytest.raises(SystemExit) as left:
+        main(["linear", *TINY["linear"], *QUICK, "--json", str(tmp_path / "x.json")])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "python -m kernels.bench: interrupted\n"
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.contract import contract
+from kernels.contract.qkv import Part, contract_qkv
 from kernels.rope import rotate
 from kernels.tolerances import assert_close, assert_matches
 
@@ -68,3 +69,40 @@ def test_factors_that_do_not_fit_are_refused():
         contract(a, b[:, :, :1])
     with pytest.raises(ValueError, match="both cos and sin"):
         contract(a, b, cos=torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "sentence"),
+    [
+        ((2, 3, 0, 4), (2, 3, 0, 8), "of at least one rank"),
+        ((3, 2, 4), (3, 2, 8), r"must be \(B, T, R, H\) and \(B, T, R, D\)"),
+        ((2, 3, 2, 4), (2, 3, 2, 8, 1), r"must be \(B, T, R, H\) and \(B, T, R, D\)"),
+    ],
+)
+def test_factors_of_other_dimensions_or_without_a_rank_are_refused(a, b, sentence):
+    with pytest.raises(ValueError, match=f"contract: .*{sentence}"):
+        contract(torch.randn(a), torch.randn(b))
+
+
+def test_factors_of_two_dtypes_give_the_wider_and_integers_are_refused():
+    a, b = torch.randn(2, 3, 2, 4).half(), torch.randn(2, 3, 2, 8)
+    assert torch.equal(contract(a, b), contract(a.float(), b))
+    assert contract(a.double(), b).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"contract: a must be of a floating-point dtype, is torch.int64"):
+        contract(a.long(), b)
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "tables", "sentence"),
+    [
+        (torch.zeros(3, 50), {}, None, r"the record must be \(B, T, N\), is \(3, 50\)"),
+        (torch.zeros(2, 3, 50).long(), {}, None, "the record must be of a floating-point dtype"),
+        (torch.zeros(2, 3, 50), {"rank": 0}, None, "rank, heads and width of at least 1"),
+        (torch.zeros(2, 3, 50), {"rank": -2}, None, "rank, heads and width of at least 1"),
+        (torch.zeros(2, 3, 50), {}, (torch.ones(3, 2), None), "give both cos and sin of queries"),
+    ],
+)
+def test_records_and_parts_that_do_not_fit_are_refused(record, changes, tables, sentence):
+    parts = [Part(0, 8, 2, 4, 8)._replace(**changes), Part(24, 28, 1, 4, 8), Part(36, 40, 1, 4, 8)]
+    with pytest.raises(ValueError, match=f"contract_qkv: .*{sentence}"):
+        contract_qkv(record, parts, tables, None)

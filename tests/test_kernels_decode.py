@@ -143,12 +143,12 @@ def test_inputs_that_do_not_fit_are_refused():
         decode(**{**inputs, "a_k_BMSH": inputs["a_k_BMSH"][:, :, :1]}, scale=1.0)
     with pytest.raises(ValueError, match="mask must be bool"):
         decode(**inputs, scale=1.0, mask=torch.ones(2, 1, 1, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match="lengths must be integers"):
+    with pytest.raises(ValueError, match="lengths must be int32 or int64"):
         decode(**inputs, scale=1.0, lengths=torch.ones(3, dtype=torch.long))
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     with pytest.raises(ValueError, match="lengths and mask both say"):
         decode(**inputs, scale=1.0, mask=mask, lengths=torch.ones(2, dtype=torch.long))
-    with pytest.raises(ValueError, match="pages must be integers"):
+    with pytest.raises(ValueError, match="pages must be int32 or int64"):
         decode(**inputs, scale=1.0, pages=torch.ones(3, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
         decode(**inputs, scale=1.0, backend="cutlass")
@@ -183,3 +183,62 @@ def test_pages_hold_the_rows_in_pieces(backend):
         paged[name][pages] = x.unflatten(1, (3, 4))
     got = decode(**paged, scale=0.3, pages=pages, backend=backend)
     assert_close(got, over_full_keys_and_values(**inputs, scale=0.3), torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("B", "T", "M"), [(0, 1, 9), (2, 0, 9), (2, 3, 0)])
+def test_nothing_to_decode_gives_an_empty_result_or_zeros(backend, B, T, M):
+    found = decode(**cache(B, T, M, 3, 2, 1), scale=0.3, backend=backend)
+    assert found.shape == (B, T, 3, 16)
+    assert not found.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_with_room_for_some_new_tokens_gets_the_last_of_them(backend):
+    """Rows of 0, 1, 3 and 9 tokens get the last 0, 1, 3 and 3 of three; nothing else is touched."""
+    inputs, new = cache(4, 3, 9, 3, 2, 1), cache(4, 3, 3, 3, 2, 1)
+    names, lengths = list(inputs)[1:], torch.tensor([0, 1, 3, 9])
+    expected = {name: inputs[name].clone() for name in names}
+    for row, length in enumerate(lengths.tolist()):
+        fits = min(3, length)
+        for name in names:
+            expected[name][row, length - fits : length] = new[name][row, 3 - fits :]
+    decode(**inputs, scale=0.3, lengths=lengths, new=tuple(new[name] for name in names), backend=backend)
+    for name in names:
+        assert torch.equal(inputs[name], expected[name]), name
+    decode(**inputs, scale=0.3, lengths=lengths.clamp(max=0), new=tuple(new[name] for name in names))
+    decode(**inputs, scale=0.3, lengths=lengths, new=(None,) * 4, backend=backend)
+    for name in names:
+        assert torch.equal(inputs[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lengths": torch.tensor([9, 10])}, "lengths must be 0 to 9 here, are 9 to 10"),
+        ({"lengths": torch.tensor([-1, 3])}, "lengths must be 0 to 9 here, are -1 to 3"),
+        ({"pages": torch.tensor([[0], [2]])}, "pages must be 0 to 1 here, are 0 to 2"),
+        ({"pages": torch.tensor([[0], [-1]])}, "pages must be 0 to 1 here, are -1 to 0"),
+        ({"pages": torch.tensor([0, 1])}, r"pages must be int32 or int64 \(2, n\), are torch.int64 \(2,\)"),
+        ({"q_BTHD": torch.randn(1, 3, 16)}, r"must have 4 dimensions, are q \(1, 3, 16\)"),
+        ({"q_BTHD": torch.ones(2, 1, 3, 16).long()}, "q must be of a floating-point dtype, is torch.int64"),
+        (
+            {"a_k_BMSH": torch.randn(2, 9, 0, 3), "b_k_BMSD": torch.randn(2, 9, 0, 16)},
+            "rank of K must be at least 1, got 0",
+        ),
+        (
+            {"q_BTHD": torch.randn(2, 1, 3, 16), "backend": "sdpa"},
+            "queries and factors must all be of one dtype",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_sizes_and_dtypes_that_do_not_fit_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=f"decode: .*{sentence}"):
+        decode(**{**cache(2, 1, 9, 3, 2, 1), "scale": 0.3, **changes})
+
+
+def test_mixed_dtypes_take_a_backend_that_can():
+    inputs = cache(2, 3, 9, 3, 2, 1)
+    found = decode(**{**inputs, "q_BTHD": inputs["q_BTHD"].float()}, scale=0.3)
+    assert_close(found, decode(**inputs, scale=0.3, backend="plain"), torch.float32)

@@ -264,3 +264,25 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
     )
     refused("it takes heads of at most 256", **cache(2, 1, 9, 3, 1, 1, D=264, dtype=torch.float32))
     refused("the tokens of a page must be a multiple of 64", pages=torch.zeros(2, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_new_tokens_of_short_rows_as_the_other_backends_write_them(paged):
+    """Rows without tokens, and of fewer than the queries: idle rows of a batch."""
+    M = 64 if paged else 70
+    found = {}
+    for backend in ("triton", "plain", "sdpa"):
+        inputs = cache(4, 3, M, 5, 2, 1)
+        options = {"pages": torch.tensor([[2], [0], [3], [1]])} if paged else {}
+        lengths = torch.tensor([0, 2, 3, M])
+        decode(**inputs, scale=0.3, lengths=lengths, new=appended(4, 3, 5, 2, 1), backend=backend, **options)
+        found[backend] = inputs
+    for backend in ("plain", "sdpa"):
+        for name, expected in found["triton"].items():
+            assert torch.equal(found[backend][name], expected), (backend, name)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 1), (2, 0)])
+def test_nothing_to_decode_gives_an_empty_result(B, T):
+    found = decode(**cache(B, T, 9, 3, 2, 1), scale=0.3, backend="triton")
+    assert found.shape == (B, T, 3, 32)

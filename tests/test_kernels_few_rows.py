@@ -96,3 +96,23 @@ def test_query_and_key(B, T, H, D, R, S, pairing, dtype):
     truth = query_and_key(*(x.double() for x in inputs), queries, keys, pairing=pairing, backend="plain")
     for name, one, other in zip(("query", "key"), got, truth, strict=True):
         assert_close(one, other, dtype, name)
+
+
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_no_rows_give_no_rows(backend):
+    x, weight = torch.randn(0, 8).half(), torch.randn(5, 8).half()
+    assert linear(x, weight, residual=torch.randn(0, 5).half(), backend=backend).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "eps", "sentence"),
+    [
+        (torch.randn(5, 8), None, "no backend can run this .*plain: x, weight and gate must be of one dtype"),
+        (torch.ones(5, 8).long(), None, "weight must be of a floating-point dtype, is torch.int64"),
+        (torch.randn(0, 8).half(), None, r"allowed: x \(..., K\)"),
+        (torch.randn(5, 8).half(), -1.0, "norm_eps must be 0 or above, got -1.0"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(weight, eps, sentence):
+    with pytest.raises(ValueError, match=f"linear: .*{sentence}"):
+        linear(torch.randn(3, 8).half(), weight, norm_eps=eps)

@@ -221,3 +221,18 @@ def test_triton_cross_entropy_in_the_interpreter(vocabulary, dtype):
     assert_close(triton.cross_entropy_(logits, targets, -100, True), expected, torch.float32)
     assert wide.grad is not None
     assert_close(logits, wide.grad, dtype)
+
+
+@pytest.mark.parametrize("operation", [linear_cross_entropy, linear_cross_entropy_sum])
+@pytest.mark.parametrize(
+    ("targets", "vocabulary", "sentence"),
+    [
+        (torch.tensor([1, 7]), 7, "target 7; allowed: 0 to 6, or -100 for none"),
+        (torch.tensor([-1, 1]), 7, "target -1; allowed: 0 to 6"),
+        (torch.tensor([1, 2]).int(), 7, "targets must be int64, are torch.int32"),
+        (torch.tensor([1, 2]), 0, r"with V of at least 1"),
+    ],
+)
+def test_targets_that_are_none_are_refused(operation, targets, vocabulary, sentence):
+    with pytest.raises(ValueError, match=f"{operation.__name__}: .*{sentence}"):
+        operation(torch.randn(2, 4), torch.randn(vocabulary, 4), targets)

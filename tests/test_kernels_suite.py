@@ -81,6 +81,7 @@ def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
     assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
     assert (tmp_path / "good.txt").read_text() == "good\n"
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_part_that_really_runs_here_is_judged(tmp_path):
@@ -96,13 +97,77 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     for arguments, said in (
         (["F", "--only", "nothing"], "--only nothing: allowed: checks, train, generate, decode"),
         (["F", "--limit", "0"], "--limit must be above 0, got 0"),
+        (["F", "--limit", "nan"], "--limit: must be a number of seconds, got 'nan'"),
+        (["F", "--reference", str(tmp_path)], "flashtpa_decode_triton.py is not there; name a clone"),
+        ([], "the following arguments are required: FOLDER"),
     ):
         with pytest.raises(SystemExit) as ended:
             suite.main(arguments)
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert not Path("F").exists()
     assert targets.main([str(tmp_path)]) == 2
     assert "has none of decode.json, train.json" in capsys.readouterr().err
     (tmp_path / "decode.json").write_text("{")
     assert targets.main([str(tmp_path)]) == 2
     assert "decode.json is no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '{"rows": 3}', '{"rows": [1]}'])
+def test_a_result_that_is_something_else_is_one_sentence(content, tmp_path, capsys):
+    (tmp_path / "decode.json").write_text(content)
+    assert targets.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m kernels.bench.targets: {tmp_path}/decode.json holds no results of 'decode', whose rows stand"
+        " under 'rows'\n"
+    )
+
+
+def test_zeros_are_not_measured(tmp_path, capsys):
+    (tmp_path / "cache.json").write_text('[{"padding_bytes": 0, "logical_bytes": 0, "predicted_bytes": 0}]')
+    assert targets.main([str(tmp_path)]) == 0
+    assert "declared padding of the cache | ≤ 5.0 % | not measured" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_and_an_interrupt_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (tmp_path / "file").touch()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", interrupt)
+    for folder, code, said in (("file", 2, "file cannot be made: File exists"), ("made", 130, "interrupted")):
+        with pytest.raises(SystemExit) as ended:
+            suite.main([str(tmp_path / folder)])
+        assert ended.value.code == code
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_the_page_about_decoding_says_what_its_table_holds():
+    page = (RECORDED.parents[1] / "docs" / "flashtpa-decode.md").read_text()
+    rows = recorded()["decode"]["rows"]
+    groups = {
+        group: [row for row in rows if row["group"] == group] for group in {row["group"] for row in rows}
+    }
+    to_one = [row["times_one_dense_query"] for row in groups["ragged and paged"]]
+    assert f"| within {100 * max(abs(ratio - 1) for ratio in to_one):.1f} % | reached |" in page
+    large = groups["256 MB and more"]
+    to_mqa = {
+        rank: [row["median_s"] / row["mqa_s"] for row in large if row["rank"] == rank] for rank in (1, 2, 4)
+    }
+    said = [f"{min(ratios):.1f} to {max(ratios):.1f}" for ratios in to_mqa.values()]
+    low, high = said[0].split(" to ")
+    assert (
+        f"takes {low} to\n{high} times its time at rank 1, {said[1]} at rank 2, {said[2]} at rank 4" in page
+    )
+    several = {
+        row["queries"]: row["times_one_dense_query"] for row in groups["query tokens"] if row["heads"] == 32
+    }
+    assert f"8 and 16 queries cost {several[8]:.2f}× and {several[16]:.2f}× one" in page
+    [whole] = [row for row in large if (row["heads"], row["head_dim"], row["rank"]) == (32, 64, 1)]
+    assert f"403 MB take {1e6 * whole['median_s']:.0f} µs" in page

@@ -10,7 +10,7 @@ import torch
 
 from kernels.attention import plain, sdpa, varlen
 from kernels.attention.varlen import offsets
-from kernels.dispatch import choose
+from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand
 
 OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -59,16 +59,15 @@ def attention(
                torch takes), "varlen" (documents as sequences of their own lengths), "plain"
     returns    (B, T, H, E) in q's dtype
 
-    Inputs may be any views. Raises ValueError for shapes or options that do not fit together, and for a backend
+    Inputs may be any views. Raises ValueError for shapes, dtypes or options that do not fit together, and for a backend
     that is unknown or cannot run.
     """
-    B, T, H, D = q_BTHD.shape
-    M, G = k_BMGD.shape[1:3]
-    if k_BMGD.shape != (B, M, G, D) or v_BMGE.shape[:3] != (B, M, G) or H % G:
-        raise ValueError(
-            f"attention: q {tuple(q_BTHD.shape)}, k {tuple(k_BMGD.shape)}, v {tuple(v_BMGE.shape)} must be"
-            " (B, T, H, D), (B, M, G, D), (B, M, G, E) with H a multiple of G"
-        )
+    _check_shapes(q_BTHD, k_BMGD, v_BMGE)
+    B, T = q_BTHD.shape[:2]
+    M = k_BMGD.shape[1]
+    check_floats("attention", {"q": q_BTHD, "k": k_BMGD, "v": v_BMGE})
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"attention: dropout must be 0 to 1, got {dropout}")
     if mask is not None and causal:
         raise ValueError("attention: mask and causal=True exclude each other; put the causal part into mask")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
@@ -77,6 +76,13 @@ def attention(
         raise ValueError(f"attention: causal=True needs as many queries as keys, got T={T} and M={M}")
     if documents is not None and not causal:
         raise ValueError("attention: documents need causal=True")
+    if documents is not None and (documents.dim() != 1 or documents.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            "attention: documents must be what `offsets` gives, integers (n + 1,), are"
+            f" {documents.dtype} {tuple(documents.shape)}"
+        )
+    if documents is not None and values_are_at_hand(documents) and documents[-1] != B * T:
+        raise ValueError(f"attention: documents must end at B T = {B * T}, end at {int(documents[-1])}")
 
     cannot = _cannot(q_BTHD, k_BMGD, v_BMGE, mask, documents, dropout)
     run = choose("attention", backend, _fastest_first(q_BTHD, k_BMGD, v_BMGE), cannot)
@@ -86,6 +92,18 @@ def attention(
     if documents is not None:
         mask, causal = varlen.mask(documents, B, T), False
     return run(q_BTHD, k_BMGD, v_BMGE, scale, causal, mask, dropout)
+
+
+def _check_shapes(q_BTHD: torch.Tensor, k_BMGD: torch.Tensor, v_BMGE: torch.Tensor) -> None:
+    if q_BTHD.dim() == k_BMGD.dim() == v_BMGE.dim() == 4:
+        B, _, H, D = q_BTHD.shape
+        M, G = k_BMGD.shape[1:3]
+        if k_BMGD.shape == (B, M, G, D) and v_BMGE.shape[:3] == (B, M, G) and H > 0 < G and H % G == 0:
+            return
+    raise ValueError(
+        f"attention: q {tuple(q_BTHD.shape)}, k {tuple(k_BMGD.shape)}, v {tuple(v_BMGE.shape)} must be"
+        " (B, T, H, D), (B, M, G, D), (B, M, G, E) with H a multiple of G"
+    )
 
 
 def takes_documents(device: torch.device, dtype: torch.dtype) -> bool:
@@ -144,6 +162,9 @@ def _cannot(
         why["cudnn"] = "it takes no mask here"
     elif D % 8 or E % 8 or max(D, E) > 128:
         why["cudnn"] = "it takes heads of at most 128 features, a multiple of 8"
+    for name in ("sdpa", "efficient"):
+        if not one_dtype(q, k, v):
+            why[name] = "queries, keys and values must be of one dtype"
     for name in ("flash", "efficient"):
         if not q.is_cuda:
             why[name] = "it names an implementation of torch on NVIDIA GPUs"

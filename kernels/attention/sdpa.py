@@ -41,7 +41,7 @@ def attention(
     if folded:
         # The heads of a group read the same K and V: as further queries of one head nothing is repeated,
         # whatever implementation SDPA picks (its math one repeats K and V under enable_gqa).
-        q_BTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
+        q_BTHD = q_BTHD.unflatten(2, (G, H // G)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
         if mask is not None and T > 1:
             mask = mask.repeat_interleave(H // G, dim=2)
     only = nullcontext() if implementation is None else sdpa_kernel(IMPLEMENTATIONS[implementation])
@@ -57,7 +57,7 @@ def attention(
             enable_gqa=H != G and not folded,
         )
     if folded:
-        o_BHTE = o_BHTE.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
+        o_BHTE = o_BHTE.unflatten(2, (T, H // G)).transpose(2, 3).flatten(1, 2)
     if blind_B1T1 is not None:
         o_BHTE = o_BHTE.masked_fill(blind_B1T1, 0)
     return o_BHTE.transpose(1, 2)

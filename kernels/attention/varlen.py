@@ -38,7 +38,7 @@ def mask(offsets: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """What offsets mean: bool (B, 1, T, T), True where a token of a document sees another, or itself."""
     positions_N = torch.arange(B * T, device=offsets.device, dtype=offsets.dtype)
     document_BT = torch.searchsorted(offsets, positions_N, right=True).view(B, T)
-    position_T = positions_N[:T]
+    position_T = torch.arange(T, device=offsets.device)
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     return (same_BTT & (position_T[:, None] >= position_T)).unsqueeze(1)
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from kernels.bench import files
+
 EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over this row's: above 1 is faster.
 'of copy' is the bytes the operation must at least move, per second, over the copy bandwidth measured in the
 same run."""
@@ -105,16 +107,22 @@ def build_parser() -> Parser:
 
 def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict, str]:
     """The backends of one operation at one size. Raises ValueError, in one sentence, for what cannot run."""
-    from kernels.bench import cases, report
+    from kernels.bench import cases, memory, report
 
-    plan = cases.plan(
-        operation,
-        given,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        reference=getattr(arguments, "reference", None),
-    )
-    result = report.run(plan, seconds=arguments.seconds)
+    try:
+        plan = cases.plan(
+            operation,
+            given,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            reference=getattr(arguments, "reference", None),
+        )
+        result = report.run(plan, seconds=arguments.seconds)
+    except memory.ERRORS as error:
+        if not memory.no_room(error):
+            raise
+        said = (f"--{name.replace('_', '-')} {size}" for name, size in given.items() if size)
+        raise ValueError(f"{' '.join(said) or operation}: there is no memory for these sizes here") from error
     return result, report.table(result)
 
 
@@ -151,8 +159,9 @@ def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> t
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.json not in (None, "-") and not Path(arguments.json).resolve().parent.is_dir():
-        parser.error(f"--json {arguments.json}: there is no such folder")
+    why_not = None if arguments.json in (None, "-") else files.why_not_writable(arguments.json)
+    if why_not:
+        parser.error(f"--json {arguments.json!r}: {why_not}")
 
     given = {
         option.replace("-", "_"): getattr(arguments, option.replace("-", "_"))
@@ -168,13 +177,18 @@ def main(argv: list[str] | None = None) -> int:
             result, table = one_plan(arguments.operation, given, arguments)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
 
     if arguments.json == "-":
         print(json.dumps(result, indent=2))
         return 0
     print(table)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            files.write(arguments.json, json.dumps(result, indent=2) + "\n")
+        except ValueError as error:
+            parser.error(f"--json {error}")
     return 0
 
 

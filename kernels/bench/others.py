@@ -36,11 +36,7 @@ class Reference:
     """
 
     def __init__(self, folder: Path) -> None:
-        missing = [name for name in REFERENCE_FILES if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"--reference {folder}: {missing[0]} is not there; name a clone of the paper's public code"
-            )
+        check_reference(folder)
         with _xopes():
             self._single, self._several = (_load(folder / name) for name in REFERENCE_FILES)
 
@@ -57,6 +53,15 @@ class Reference:
             run, a, b = self._several.tpa_decode_parallel_bn_triton, (M, H, R), (M, D, R)
         ak, av, bk, bv = factor(*a), factor(*a), factor(*b), factor(*b)
         return lambda: run(aq, ak, av, bq, bk, bv)
+
+
+def check_reference(folder: Path) -> None:
+    """Raises ValueError, in one sentence, for a folder without the paper's public decode kernel."""
+    missing = [name for name in REFERENCE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--reference {folder}: {missing[0]} is not there; name a clone of the paper's public code"
+        )
 
 
 def _load(file: Path) -> ModuleType:

@@ -5,8 +5,11 @@ python -m kernels.bench.plot FILE PICTURE
 
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from kernels.bench import files
 
 Rows = list[dict[str, Any]]
 
@@ -22,6 +25,19 @@ BASELINES = {
     "reference_s": ("the paper's kernel, 32 heads, rank 1", "tab:red"),
 }
 BASELINES_BESIDE = (32, 64, 1)
+OF_A_ROW = {
+    "heads",
+    "head_dim",
+    "rank",
+    "batch",
+    "tokens",
+    "queries",
+    "layout",
+    "lengths",
+    "pages",
+    "median_s",
+}
+OF_A_TABLE = {"rows", "dtype", "device", "copy_bytes_per_second"}
 
 
 def points(
@@ -48,8 +64,24 @@ def points(
     return [(tokens, *found[tokens]) for tokens in sorted(found)]
 
 
-def draw(result: dict[str, Any], target: Path) -> None:
-    """Time and share of the copy bandwidth against cached tokens."""
+def read(file: Path) -> dict[str, Any]:
+    """A result of `decode --table`. Raises ValueError, in one sentence, for any other file."""
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    rows = result["rows"] if isinstance(result, dict) and result.keys() >= OF_A_TABLE else None
+    needed = OF_A_ROW | {"share_of_copy_bandwidth"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= needed for row in rows):
+        raise ValueError(f"{file} holds no table of decode cases")
+    if not any(points(rows, case) for case in CASES):
+        wanted = "; ".join(", ".join(map(str, case)) for case in CASES)
+        raise ValueError(f"{file} holds none of the cases that are drawn (heads, head_dim, rank: {wanted})")
+    return result
+
+
+def draw(result: dict[str, Any], kind: str) -> bytes:
+    """Time and share of the copy bandwidth against cached tokens, as a file of this kind ("png")."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +89,10 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for case, (label, color) in CASES.items():
-        tokens, seconds, shares = zip(*points(result["rows"], case), strict=True)
+        measured = points(result["rows"], case)
+        if not measured:
+            continue
+        tokens, seconds, shares = zip(*measured, strict=True)
         left.plot(tokens, [1e6 * s for s in seconds], "o-", color=color, label=label, markersize=4)
         right.plot(tokens, [100 * s for s in shares], "o-", color=color, label=label, markersize=4)
     for key, (label, color) in BASELINES.items():
@@ -76,23 +111,43 @@ def draw(result: dict[str, Any], target: Path) -> None:
         f"head_dim 64, {result['dtype']}, {result['device']}, copy {result['copy_bytes_per_second'] / 1e9:,.0f} GB/s",
         fontsize=10,
     )
-    figure.savefig(target, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format=kind)
     plt.close(figure)
+    return picture.getvalue()
+
+
+def kind_of(picture: str) -> str:
+    """Which kind of file a name asks for. Raises ValueError, in one sentence, for what cannot be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind, kinds = Path(picture).suffix.removeprefix("."), FigureCanvasBase.filetypes
+    if kind not in kinds:
+        raise ValueError(
+            f"{picture!r} is no name of a picture; allowed endings: .{', .'.join(sorted(kinds))}"
+        )
+    why_not = files.why_not_writable(picture)
+    if why_not:
+        raise ValueError(f"{picture!r}: {why_not}")
+    return kind
 
 
 def main(arguments: list[str]) -> int:
+    usage = "usage: python -m kernels.bench.plot FILE PICTURE"
+    if arguments in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{(__doc__ or '').splitlines()[0]}")
+        return 0
     if len(arguments) != 2:
-        print("usage: python -m kernels.bench.plot FILE PICTURE", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
+    file, picture = arguments
     try:
-        result = json.loads(Path(arguments[0]).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        print(f"{arguments[0]} cannot be read: {error}", file=sys.stderr)
+        result = read(Path(file))
+        kind = kind_of(picture)
+        files.write(picture, draw(result, kind))
+    except ValueError as error:
+        print(f"python -m kernels.bench.plot: {error}", file=sys.stderr)
         return 2
-    if not result.get("rows") or "share_of_copy_bandwidth" not in result["rows"][0]:
-        print(f"{arguments[0]} holds no table of decode cases", file=sys.stderr)
-        return 2
-    draw(result, Path(arguments[1]))
     return 0
 
 

@@ -6,7 +6,6 @@ Each part is a command of its own, the results of one file each in FOLDER: a par
 the others alone, and what lies there already is kept until its part has run again.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kernels.bench import targets
+from kernels.bench.__main__ import Parser, seconds
 
 PYTHON = sys.executable
 BENCH = [PYTHON, "-m", "kernels.bench"]
@@ -73,20 +73,24 @@ def run(commands: Mapping[str, Sequence[str]], folder: Path, limit: float) -> di
                     command, stdout=said, stderr=said, timeout=limit, check=False
                 ).returncode
                 ended[name] = "done" if code == 0 else f"exit code {code}, see {said.name}"
+                if code == 0 and fresh.is_file():
+                    fresh.replace(folder / f"{name}.json")
             except subprocess.TimeoutExpired:
                 ended[name] = f"stopped after {limit:.0f} s, see {said.name}"
-        if ended[name] == "done" and fresh.is_file():
-            fresh.replace(folder / f"{name}.json")
+            finally:
+                fresh.unlink(missing_ok=True)
         print(f"{name}: {ended[name]} ({time.monotonic() - began:.0f} s)", flush=True)
     return ended
 
 
 def main(argv: list[str] | None = None) -> int:
     what, usage = (__doc__ or "").strip().partition("\n")[0], "python -m kernels.bench.suite"
-    parser = argparse.ArgumentParser(prog=usage, description=what)
+    parser = Parser(prog=usage, description=what)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where results go; made if it is missing")
     parser.add_argument("--only", nargs="+", metavar="PART", help="of " + ", ".join(parts(Path(), None)))
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of a part (default 600)")
+    parser.add_argument(
+        "--limit", type=seconds, default=600.0, metavar="SECONDS", help="of a part (default 600)"
+    )
     parser.add_argument(
         "--reference", type=Path, metavar="DIR", help="a clone of the paper's public code, timed too"
     )
@@ -94,15 +98,28 @@ def main(argv: list[str] | None = None) -> int:
     commands = parts(given.folder, given.reference)
     unknown = [name for name in given.only or [] if name not in commands]
     if unknown:
-        parser.exit(2, f"{usage}: --only {unknown[0]}: allowed: {', '.join(commands)}\n")
+        parser.error(f"--only {unknown[0]}: allowed: {', '.join(commands)}")
     if given.limit <= 0:
-        parser.exit(2, f"{usage}: --limit must be above 0, got {given.limit:g}\n")
+        parser.error(f"--limit must be above 0, got {given.limit:g}")
     import torch
 
+    from kernels.bench.others import check_reference
+
+    try:
+        if given.reference is not None:
+            check_reference(given.reference)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
-        parser.exit(2, f"{usage}: it times kernels for a GPU, and torch sees no CUDA device\n")
-    given.folder.mkdir(parents=True, exist_ok=True)
-    ended = run({name: commands[name] for name in given.only or commands}, given.folder, given.limit)
+        parser.error("it times kernels for a GPU, and torch sees no CUDA device")
+    try:
+        given.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{given.folder} cannot be made: {error.strerror}")
+    try:
+        ended = run({name: commands[name] for name in given.only or commands}, given.folder, given.limit)
+    except KeyboardInterrupt:
+        parser.exit(130, f"{usage}: interrupted\n")
     try:
         found = targets.table(targets.read(given.folder))
     except ValueError as error:

@@ -15,7 +15,9 @@ Results = dict[str, Any]
 """Name of a result file without `.json` -> what it holds; files that are not there are left out."""
 Measure = Callable[[Results], list[float]]
 
-SOURCES = ("decode", "train", "generate", "cache")
+# Result file -> the name under which its rows stand; "" where the file is a list of them.
+ROWS = {"decode": "rows", "train": "models", "generate": "", "cache": ""}
+SOURCES = tuple(ROWS)
 # The paper's public code on one H100 80GB HBM3, medium models, 16 windows of 1,024 tokens: measured elsewhere.
 REFERENCE_TOKENS_PER_SECOND = 96_300
 REFERENCE_MHA_GIB = 29.9
@@ -33,10 +35,10 @@ class Target:
     at_most: bool = False
 
     def reached(self, results: Results) -> list[float]:
-        """The figures of this target. Empty where its results are missing."""
+        """The figures of this target. Empty where its results are missing, or hold no more than zeros."""
         try:
             return [value for value in self.measure(results) if value is not None]
-        except (KeyError, StopIteration):
+        except (KeyError, StopIteration, ZeroDivisionError):
             return []
 
     def line(self, results: Results) -> str:
@@ -206,7 +208,7 @@ TARGETS = [
 
 
 def read(folder: Path) -> Results:
-    """The result files of a folder. Raises ValueError, in one sentence, where there is none or one is no JSON."""
+    """The result files of a folder. Raises ValueError, in one sentence, where there is none or one is none."""
     results = {}
     for name in SOURCES:
         file = folder / f"{name}.json"
@@ -215,6 +217,14 @@ def read(folder: Path) -> Results:
                 results[name] = json.loads(file.read_text())
             except ValueError as error:
                 raise ValueError(f"{file} is no JSON: {error}") from None
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+            rows = results[name]
+            if ROWS[name]:
+                rows = rows.get(ROWS[name]) if isinstance(rows, dict) else None
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                where = f"under {ROWS[name]!r}" if ROWS[name] else "as a list"
+                raise ValueError(f"{file} holds no results of {name!r}, whose rows stand {where}")
     if not results:
         names = ", ".join(f"{name}.json" for name in SOURCES)
         raise ValueError(f"{folder} has none of {names}: python -m kernels.bench.suite {folder} makes them")
@@ -228,8 +238,12 @@ def table(results: Results) -> str:
 
 
 def main(argv: list[str]) -> int:
+    usage = "usage: python -m kernels.bench.targets FOLDER"
+    if argv in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{(__doc__ or '').splitlines()[0]}")
+        return 0
     if len(argv) != 1:
-        print("usage: python -m kernels.bench.targets FOLDER", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     try:
         print(table(read(Path(argv[0]))))

@@ -9,7 +9,7 @@ import torch
 
 from kernels.contract import plain
 from kernels.contract.plain import outer
-from kernels.dispatch import choose, product_dtype
+from kernels.dispatch import check_floats, choose, product_dtype
 from kernels.place import why_no_triton_at
 from kernels.rope import check_tables
 
@@ -40,9 +40,15 @@ def contract(
     Factors may be any views. "triton" reads the factors and writes the result once, in both directions; it saves
     the factors alone for the backward pass, and is one operator to torch.compile.
 
-    Raises ValueError for factors of different B, T or R, for one table without the other, for tables that do not
-    fit, and for a backend that is unknown or cannot run.
+    Raises ValueError for factors of different B, T or R or without a rank, for one table without the other, for tables
+    that do not fit, and for a backend that is unknown or cannot run.
     """
+    if a_BTRH.dim() != 4 or b_BTRD.dim() != 4 or a_BTRH.shape[2] < 1:
+        raise ValueError(
+            "contract: factors must be (B, T, R, H) and (B, T, R, D) of at least one rank: a is"
+            f" {tuple(a_BTRH.shape)}, b {tuple(b_BTRD.shape)}"
+        )
+    check_floats("contract", {"a": a_BTRH, "b": b_BTRD})
     if a_BTRH.shape[:3] != b_BTRD.shape[:3]:
         raise ValueError(
             f"contract: factors must agree in B, T and R: a is {tuple(a_BTRH.shape)}, b {tuple(b_BTRD.shape)}"

@@ -30,6 +30,9 @@ def contract(
 ) -> torch.Tensor:
     """(1/R) Aᵀ RoPE(B) for every token: (B, T, R, H) and (B, T, R, D) to (B, T, H, D)."""
     B, T, R, _ = a_BTRH.shape
+    if a_BTRH.dtype != b_BTRD.dtype:
+        wider = torch.promote_types(a_BTRH.dtype, b_BTRD.dtype)
+        a_BTRH, b_BTRD = a_BTRH.to(wider), b_BTRD.to(wider)
     if cos is not None and sin is not None:
         b_BTRD = rotate(b_BTRD, cos, sin, pairing)
     a_NHR = a_BTRH.flatten(0, 1).transpose(1, 2)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.contract import plain, tables_that_turn, why_not_triton
-from kernels.dispatch import choose, product_dtype
+from kernels.dispatch import check_floats, choose, product_dtype
 from kernels.rope import Tables
 
 
@@ -46,8 +46,17 @@ def contract_qkv(
 
     Raises ValueError for parts that are not three or do not fit, and for a backend that is unknown or cannot run.
     """
+    if record_BTN.dim() != 3:
+        raise ValueError(f"contract_qkv: the record must be (B, T, N), is {tuple(record_BTN.shape)}")
+    check_floats("contract_qkv", {"the record": record_BTN})
     if len(parts) != 3:
         raise ValueError(f"contract_qkv: {len(parts)} parts; allowed: 3, of Q, K and V")
+    for part in parts:
+        if min(part.rank, part.heads, part.width) < 1:
+            raise ValueError(f"contract_qkv: {part}; allowed: rank, heads and width of at least 1")
+    for name, tables in (("queries", queries), ("keys", keys)):
+        if tables is not None and any(table is None for table in tables):
+            raise ValueError(f"contract_qkv: give both cos and sin of {name}, or None")
     stretches = sorted(
         stretch for p in parts for stretch in ((p.a, p.a + p.rank * p.heads), (p.b, p.b + p.rank * p.width))
     )

@@ -11,7 +11,7 @@ import torch
 
 from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
-from kernels.dispatch import choose
+from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand
 from kernels.place import why_no_triton_at
 from kernels.rope import Tables, check_tables
 
@@ -52,14 +52,14 @@ def decode(
     a_v_BMUH  (B, M, U, H) cached head factors of V
     b_v_BMUE  (B, M, U, E) cached feature factors of V
     mask      bool (B, 1, T, M), True = may attend; a row without any True gives zeros
-    lengths   integers (B,), cached tokens of each row with the T of the queries, which are its last ones: query t
-              sees the tokens before lengths - (T - 1 - t). What a factor holds past that must be finite. Not
-              together with `mask`; with neither, all of the cache is visible to every query
-    pages     integers (B, n): the factors are (P, N, ...) and row b holds pages[b, 0], pages[b, 1], ..., so that
-              M = n N. An index beyond what `lengths` uses must still be a page
+    lengths   int32 or int64 (B,), 0 to M: cached tokens of each row with the T of the queries, which are its last
+              ones: query t sees the tokens before lengths - (T - 1 - t). What a factor holds past that must be
+              finite. Not together with `mask`; with neither, all of the cache is visible to every query
+    pages     int32 or int64 (B, n): the factors are (P, N, ...) and row b holds pages[b, 0], pages[b, 1], ..., so that
+              M = n N. An index beyond what `lengths` uses must still be a page, 0 to P - 1
     new       the factors (B, T, rank, width) of the queries' own tokens, in the order of the factors, None for one that
-              is no cache: written into the factors first, as the last T tokens of each row. "triton" does both in
-              one launch. No gradient flows through them
+              is no cache: written into the factors first, as the last T tokens of each row; of a row of fewer
+              tokens, the last of them. "triton" does both in one launch. No gradient flows through them
     c_k, c_v  (B, M, S, C) and (B, M, U, Y), both or neither: further factors of K and V (order 3, appendix C). b_k is
               then (B, M, S, D/C) and what K is made of is vec(b ⊗ c), with b_i c_j at j · D/C + i; likewise V
     turn      cos and sin, (M, W/2) or (B, M, W/2), by which `kernels.rope.rotate` turns b_k as it is read: for one
@@ -73,8 +73,24 @@ def decode(
     size, and is compiled once for all batches and lengths; `lengths` stay on the device, so that a CUDA graph holds
     while they grow. Fastest where each rank's head factors start at multiples of 16 bytes (`kernels.decode.layout`).
 
-    Raises ValueError for shapes that do not fit together and for a backend that is unknown or cannot run.
+    Raises ValueError for shapes and dtypes that do not fit together, for a backend that is unknown or cannot run and,
+    on a CPU, for lengths and pages that are not there. On a GPU nothing waits to look at those: lengths count as 0 to
+    M, and an index that is no page reads what is none.
     """
+    given = {
+        "q": q_BTHD,
+        "a_k": a_k_BMSH,
+        "b_k": b_k_BMSD,
+        "a_v": a_v_BMUH,
+        "b_v": b_v_BMUE,
+        "c_k": c_k,
+        "c_v": c_v,
+    }
+    parts = {name: x for name, x in given.items() if x is not None}
+    if any(x.dim() != 4 for x in parts.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
+        raise ValueError(f"decode: queries and factors must have 4 dimensions, are {shapes}")
+    check_floats("decode", parts)
     B, T, H, D = q_BTHD.shape
     rows, S = b_k_BMSD.shape[:2], b_k_BMSD.shape[2]
     U = b_v_BMUE.shape[2]
@@ -91,18 +107,30 @@ def decode(
         and (c_v is None or c_v.shape == (*rows, U, Y))
     )
     if not fits:
-        given = (q_BTHD, a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
         with_c = "" if c_k is None and c_v is None else ", c_k, c_v"
         must_be = "(B, T, H, D), (B, M, S, H), (B, M, S, D), (B, M, U, H), (B, M, U, E)"
         if with_c:
             must_be = must_be.replace("S, D)", "S, D/C)") + ", (B, M, S, C), (B, M, U, Y)"
         raise ValueError(
-            f"decode: q, a_k, b_k, a_v, b_v{with_c} are {[tuple(x.shape) for x in given]}, must be {must_be}"
+            f"decode: q, a_k, b_k, a_v, b_v{with_c} are {[tuple(x.shape) for x in parts.values()]},"
+            f" must be {must_be}"
         )
+    sizes = {
+        "heads": H,
+        "rank of K": S,
+        "rank of V": U,
+        "features of K": D,
+        "features of V": b_v_BMUE.shape[3] * Y,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"decode: {name} must be at least 1, got {size}")
     if (c_k is None) != (c_v is None):
         raise ValueError("decode: give both c_k and c_v, or neither")
     if pages is not None and (pages.dim() != 2 or pages.shape[0] != B or not _integers(pages)):
-        raise ValueError(f"decode: pages must be integers {(B, 'n')}, are {pages.dtype} {tuple(pages.shape)}")
+        raise ValueError(
+            f"decode: pages must be int32 or int64 ({B}, n), are {pages.dtype} {tuple(pages.shape)}"
+        )
     M = rows[1] if pages is None else rows[1] * pages.shape[1]
     if turn is not None:
         check_tables("decode", *turn, (B, M, *b_k_BMSD.shape[2:]), pairing)
@@ -110,20 +138,30 @@ def decode(
         raise ValueError(f"decode: mask must be bool {(B, 1, T, M)}, is {mask.dtype} {tuple(mask.shape)}")
     if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
         raise ValueError(
-            f"decode: lengths must be integers {(B,)}, are {lengths.dtype} {tuple(lengths.shape)}"
+            f"decode: lengths must be int32 or int64 {(B,)}, are {lengths.dtype} {tuple(lengths.shape)}"
         )
     if lengths is not None and mask is not None:
         raise ValueError("decode: lengths and mask both say what is visible: give one of them")
 
+    _check_range("lengths", lengths, M + 1)
+    _check_range("pages", pages, rows[0])
+
     factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
     if new is not None:
         _check_new(new, factors, B, T)
+    cannot = {}
     why_not = why_not_triton(q_BTHD, factors, mask, pages, new)
-    run = choose(
-        "decode", backend, _fastest_first(T, q_BTHD.device.type), {"triton": why_not} if why_not else None
-    )
+    if why_not:
+        cannot["triton"] = why_not
+    if not one_dtype(q_BTHD, *factors):
+        cannot["sdpa"] = "queries and factors must all be of one dtype"
+    run = choose("decode", backend, _fastest_first(T, q_BTHD.device.type), cannot)
     if run is _triton:
+        if not q_BTHD.numel():
+            return q_BTHD.new_empty(B, T, H, sizes["features of V"])
         return _triton(q_BTHD, *factors[:4], scale, lengths, pages, made, new)
+    if lengths is not None:
+        lengths = lengths.clamp(0, M)
     if new is not None:
         _append(new, factors, lengths, pages)
     if pages is not None:
@@ -142,6 +180,15 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
 
 
+def _check_range(name: str, integers: torch.Tensor | None, end: int) -> None:
+    """Raises ValueError where a value that is at hand is not one of 0 to `end` - 1."""
+    if integers is None or not integers.numel() or not values_are_at_hand(integers):
+        return
+    low, high = int(integers.min()), int(integers.max())
+    if low < 0 or high >= end:
+        raise ValueError(f"decode: {name} must be 0 to {end - 1} here, are {low} to {high}")
+
+
 def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:
     if len(new) != len(factors):
         raise ValueError(
@@ -157,20 +204,31 @@ def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> N
 def _append(
     new: New, factors: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, pages: torch.Tensor | None
 ) -> None:
-    """Write `new` (B, T, ...) into the factors as the last tokens of each row."""
-    first = next(part for part in new if part is not None)
+    """Write `new` (B, T, ...) into the factors as the last tokens of each row, those for which the row has room."""
+    first = next((part for part in new if part is not None), None)
+    M, N = factors[0].shape[1] * (1 if pages is None else pages.shape[1]), factors[0].shape[1]
+    if first is None or not first.shape[:2].numel() or not M:
+        return
     B, T = first.shape[:2]
+    device = first.device
     if lengths is None:
-        M = factors[0].shape[1] * (1 if pages is None else pages.shape[1])
-        lengths = torch.full((B,), M, device=first.device)
-    tokens_BT = lengths[:, None] + torch.arange(-T, 0, device=first.device)
-    rows_BT = torch.arange(B, device=first.device)[:, None]
-    if pages is not None:
-        N = factors[0].shape[1]
-        rows_BT, tokens_BT = pages[rows_BT, tokens_BT // N], tokens_BT % N
+        lengths = torch.full((B,), M, device=device)
+    # Where there is no room, the last token of the longest row is written once more: no shape depends on a length, as a
+    # CUDA graph needs. Where no row has any, what is there.
+    nth_BT, rows_BT = (
+        torch.arange(T, device=device).expand(B, T),
+        torch.arange(B, device=device)[:, None].expand(B, T),
+    )
+    fits_BT = lengths[:, None] - T + nth_BT >= 0
+    rows_BT, nth_BT = torch.where(fits_BT, rows_BT, lengths.argmax()), torch.where(fits_BT, nth_BT, T - 1)
+    tokens_BT = (lengths[rows_BT] - T + nth_BT).clamp_min(0)
+    some_fit = fits_BT.any()
+    at_BT = rows_BT if pages is None else pages[rows_BT, tokens_BT // N]
+    in_BT = tokens_BT % N if pages is not None else tokens_BT
     for part, factor in zip(new, factors, strict=True):
         if part is not None:
-            factor[rows_BT, tokens_BT] = part.detach().to(factor.dtype)
+            written = part.detach()[rows_BT, nth_BT].to(factor.dtype)
+            factor[at_BT, in_BT] = torch.where(some_fit, written, factor[at_BT, in_BT])
 
 
 def _integers(x: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ def decode(
     dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
     B, T, H, _ = q_BTHD.shape
     (M, S), (U, E) = b_k_BMSD.shape[1:3], b_v_BMUE.shape[2:]
-    chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // (B * H * T * max(S, U)))
+    chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, B * H * T * max(S, U)))
 
     lowest = torch.finfo(dtype).min
     o_BHTE = q_BTHD.new_zeros(B, H, T, E, dtype=dtype)

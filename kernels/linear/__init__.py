@@ -5,7 +5,7 @@ Shapes: K inputs, N outputs; leading dimensions of any number.
 
 import torch
 
-from kernels.dispatch import choose
+from kernels.dispatch import check_floats, choose, one_dtype
 from kernels.linear import plain
 from kernels.place import why_no_triton_at
 
@@ -34,12 +34,19 @@ def linear(
     returns    (..., N) in x's dtype; in autocast's inside autocast, and as wide as the residual
 
     "triton" takes up to 32 rows in half precision on an H100 or later, for decoding; it has no backward pass.
-    Raises ValueError for shapes that do not fit, and for a backend that is unknown or cannot run.
+    Raises ValueError for shapes and dtypes that do not fit, a negative eps, and for a backend that is unknown or cannot
+    run.
     """
     _check_shapes(x, weight_NK, gate_NK, residual)
+    _check_floats(x, weight_NK, gate_NK, residual)
+    if norm_eps is not None and not norm_eps >= 0:
+        raise ValueError(f"linear: norm_eps must be 0 or above, got {norm_eps}")
     why_not = _why_not_triton(x, weight_NK, gate_NK, residual)
     candidates = {"triton": _triton, "plain": plain.linear}
-    run = choose("linear", backend, candidates, {"triton": why_not} if why_not else None)
+    cannot = {"triton": why_not} if why_not else {}
+    if not one_dtype(x, weight_NK, *(() if gate_NK is None else (gate_NK,))):
+        cannot["plain"] = "x, weight and gate must be of one dtype"
+    run = choose("linear", backend, candidates, cannot)
     return run(x, weight_NK, gate_NK, residual, norm_eps)
 
 
@@ -47,21 +54,31 @@ def _triton(x, weight_NK, gate_NK, residual, norm_eps) -> torch.Tensor:
     # Imported here: the package is absent on most machines without a GPU.
     from kernels.linear import triton
 
+    shape = (*x.shape[:-1], len(weight_NK))
+    if not x.numel():
+        return x.new_empty(shape)
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    return triton.linear(rows, weight_NK, gate_NK, added, norm_eps).reshape(*x.shape[:-1], -1)
+    return triton.linear(rows, weight_NK, gate_NK, added, norm_eps).reshape(shape)
 
 
 def _check_shapes(
     x: torch.Tensor, weight_NK: torch.Tensor, gate_NK: torch.Tensor | None, residual: torch.Tensor | None
 ) -> None:
-    fits = weight_NK.dim() == 2 and x.shape[-1:] == weight_NK.shape[1:]
+    fits = weight_NK.dim() == 2 and weight_NK.numel() > 0 and x.shape[-1:] == weight_NK.shape[1:]
     fits = fits and (gate_NK is None or gate_NK.shape == weight_NK.shape)
     fits = fits and (residual is None or residual.shape == (*x.shape[:-1], len(weight_NK)))
     if not fits:
         shapes = {"x": x, "weight": weight_NK, "gate": gate_NK, "residual": residual}
         said = ", ".join(f"{name} {tuple(part.shape)}" for name, part in shapes.items() if part is not None)
         raise ValueError(f"linear: {said}; allowed: x (..., K), weight and gate (N, K), residual (..., N)")
+
+
+def _check_floats(
+    x: torch.Tensor, weight_NK: torch.Tensor, gate_NK: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    given = {"x": x, "weight": weight_NK, "gate": gate_NK, "residual": residual}
+    check_floats("linear", {name: part for name, part in given.items() if part is not None})
 
 
 def _why_not_triton(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.dispatch import product_dtype
+from kernels.dispatch import check_floats, product_dtype, values_are_at_hand
 
 # One chunk's float32 logits. The backward pass holds a few tensors of this size at a time.
 CHUNK_LOGIT_BYTES = 256 * 2**20
@@ -37,9 +37,11 @@ def linear_cross_entropy(
 
     The product runs in autocast's dtype inside autocast, in the wider of the two dtypes outside; the softmax
     always in float32 or float64. With one chunk nothing is recomputed.
-    Raises ValueError for chunk_tokens below 1 and for shapes that do not fit.
+    Raises ValueError for chunk_tokens below 1, for shapes and dtypes that do not fit and, on a CPU, for a target that
+    is none of 0 to V - 1 and not ignored. On a GPU nothing waits to look at targets: such a one gives a loss of no
+    meaning, or torch's device-side assertion.
     """
-    check_arguments("linear_cross_entropy", x_NC, weight_VC, targets_N, chunk_tokens)
+    check_arguments("linear_cross_entropy", x_NC, weight_VC, targets_N, chunk_tokens, ignore_index)
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(weight_VC.shape[0])
     dtype = product_dtype(x_NC, weight_VC)
@@ -61,15 +63,27 @@ def check_arguments(
     weight_VC: torch.Tensor,
     targets_N: torch.Tensor,
     chunk_tokens: int | None,
+    ignore_index: int,
 ) -> None:
     """ValueError in the name of a loss where its arguments do not fit together."""
-    if weight_VC.shape[1:] != x_NC.shape[1:] or targets_N.shape != x_NC.shape[:1]:
+    fits = x_NC.dim() == 2 and weight_VC.shape[1:] == x_NC.shape[1:] and targets_N.shape == x_NC.shape[:1]
+    if not fits or weight_VC.shape[0] < 1:
         raise ValueError(
             f"{name}: x {tuple(x_NC.shape)}, weight {tuple(weight_VC.shape)}, targets {tuple(targets_N.shape)}"
-            " must be (N, C), (V, C), (N,)"
+            " must be (N, C), (V, C), (N,) with V of at least 1"
         )
+    check_floats(name, {"x": x_NC, "weight": weight_VC})
+    if targets_N.dtype != torch.int64:
+        raise ValueError(f"{name}: targets must be int64, are {targets_N.dtype}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{name}: chunk_tokens must be at least 1, got {chunk_tokens}")
+    if values_are_at_hand(targets_N):
+        V = weight_VC.shape[0]
+        wrong = targets_N[((targets_N < 0) | (targets_N >= V)) & (targets_N != ignore_index)]
+        if len(wrong):
+            raise ValueError(
+                f"{name}: target {int(wrong[0])}; allowed: 0 to {V - 1}, or {ignore_index} for none"
+            )
 
 
 def default_chunk_tokens(vocabulary: int) -> int:

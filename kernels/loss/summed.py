@@ -38,7 +38,7 @@ def linear_cross_entropy_sum(
     Arguments, dtypes and errors as there; gradients of x and W can be taken once, not differentiated again. With
     gradients the forward pass holds one chunk of logits, dx in the product's dtype and dW in float32.
     """
-    check_arguments("linear_cross_entropy_sum", x_NC, weight_VC, targets_N, chunk_tokens)
+    check_arguments("linear_cross_entropy_sum", x_NC, weight_VC, targets_N, chunk_tokens, ignore_index)
     dtype = product_dtype(x_NC, weight_VC)
     if chunk_tokens is None:
         N, V = x_NC.shape[0], weight_VC.shape[0]

@@ -13,7 +13,8 @@ def check_tables(
 ) -> None:
     """Raises ValueError where tables do not fit what they are to turn, or the pairing is unknown."""
     B, T, _, D = shape_BTRD
-    if D % 2 or 2 * cos.shape[-1] > D or cos.shape[:-1] not in ((T,), (B, T)) or sin.shape != cos.shape:
+    fits = cos.dim() > 1 and cos.shape[:-1] in ((T,), (B, T)) and sin.shape == cos.shape
+    if not fits or D % 2 or 2 * cos.shape[-1] > D:
         raise ValueError(
             f"{op_name}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
             f" with W <= D and D even, for (B, T, R, D) = {tuple(shape_BTRD)}"

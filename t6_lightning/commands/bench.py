@@ -20,5 +20,5 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m t6_lightning bench {{{','.join(KINDS)}}} PRESET... [...]\n\n{__doc__}")
         raise SystemExit(0)
     if kind not in KINDS:
-        raise BadInput(f"bench {kind}: choose one of {', '.join(KINDS)}")
+        raise BadInput(f"{' '.join(['bench', kind]).strip()}: choose one of {', '.join(KINDS)}")
     return importlib.import_module(KINDS[kind]).main(arguments[1:])

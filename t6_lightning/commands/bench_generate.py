@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from kernels.bench.memory import ERRORS, no_room
 from kernels.bench.profiling import where_time_goes
 from kernels.bench.report import environment
 from kernels.bench.timing import copy_bandwidth, median, quantile
@@ -80,14 +81,18 @@ def token_seconds(decoder: Decoder, token_B: torch.Tensor, n_tokens: int) -> lis
 
 
 @torch.inference_mode()
-def measure(name: str, bandwidth: float, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, config: T6Config, bandwidth: float, device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
     """Time `options.new_tokens` tokens, the last of which has `options.context` tokens in its cache."""
-    config, dtype, batch = load_net(name), DTYPES[options.dtype], options.batch
+    dtype, batch = DTYPES[options.dtype], options.batch
     before = options.context - options.new_tokens - untimed_tokens(options)
     try:
         model = random_model(config, dtype, device)
         cache = filled_cache(model, batch, before, options.context)
-    except RuntimeError as error:  # the allocator's
+    except ERRORS as error:
+        if not no_room(error):
+            raise
         raise BadInput(
             f"--context {options.context} --batch {batch}: {name} and its cache cannot be allocated here"
         ) from error
@@ -167,14 +172,16 @@ def main(arguments: list[str]) -> int:
     )
     check_files(options, "profile", "json")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What is wrong with any of them shows before the first one runs.
+    configs = [load_net(name) for name in options.presets]
     bandwidth = copy_bandwidth(device)
     rows = []
-    for name in options.presets:
+    for name, config in zip(options.presets, configs, strict=True):
         # What the preset before has left behind may be most of the memory.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        rows.append(measure(name, bandwidth, device, options))
+        rows.append(measure(name, config, bandwidth, device, options))
     if options.json:
         show_json(rows, options.json)
     if options.json != "-":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from kernels.bench.memory import ERRORS, no_room
 from kernels.bench.profiling import where_time_goes
 from t6_lightning import recompute
 from t6_lightning.backend import check_backend
@@ -25,7 +26,7 @@ from t6_lightning.commands.params import new_table
 from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.environment import describe
-from t6_lightning.errors import require
+from t6_lightning.errors import BadInput, require
 from t6_lightning.model.config import BACKENDS, T6Config
 from t6_lightning.module import T6Module
 from t6_lightning.optim import AdamWConfig
@@ -162,7 +163,15 @@ def main(arguments: list[str]) -> int:
         check_backend(net, device)
     rows = []
     for name, net in zip(options.presets, nets, strict=True):
-        rows.append(measure(name, net, device, options))
+        try:
+            rows.append(measure(name, net, device, options))
+        except ERRORS as error:
+            if not no_room(error):
+                raise
+            context = options.context or net.context
+            raise BadInput(
+                f"--batch {options.batch} --context {context}: a step of {name} does not fit into memory here"
+            ) from error
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from t6_lightning.commands.parser import Parser, show_json
+from kernels.bench.memory import ERRORS, no_room
+from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.cache import KVCache
@@ -30,7 +31,9 @@ def measure(name: str, context: int | None, batch: int, dtype: torch.dtype) -> d
     held = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         cache = KVCache(net.attention, net.n_layers, batch, context, dtype, "cuda" if on_gpu else "cpu")
-    except RuntimeError as error:
+    except ERRORS as error:
+        if not no_room(error):
+            raise
         raise BadInput(
             f"--context {context} --batch {batch}: {name}'s cache cannot be allocated here"
         ) from error
@@ -66,6 +69,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_json()
     options = parser.parse_args(arguments[1:])
+    check_files(options, "json")
     for option in ("context", "batch"):
         for value in getattr(options, option) or ():
             require(value >= 1, f"--{option}", value, "it must be at least 1")

@@ -15,7 +15,7 @@ from datamodules.packing import ValidationWindows
 from datamodules.text_files import file_source, find_files
 from datamodules.token_cache import cached_shards
 from datamodules.tokenizer import Tokenizer
-from t6_lightning.commands.parser import Parser, show_json
+from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.errors import require
 from t6_lightning.load import load_model
@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_json()
     options = parser.parse_args(arguments[1:])
+    check_files(options, "json")
     require(options.batch_size >= 1, "--batch_size", options.batch_size, "it must be at least 1")
     require(
         options.context is None or options.context >= 1, "--context", options.context, "it must be at least 1"

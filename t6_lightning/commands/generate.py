@@ -9,7 +9,7 @@ import torch
 from t6_lightning.commands.parser import Parser
 from t6_lightning.errors import require
 from t6_lightning.load import load_model
-from t6_lightning.model.generate import generate
+from t6_lightning.model.generate import check_settings, generate
 from t6_lightning.runs import resolve_checkpoint
 
 
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments[1:])
     require(0 <= options.seed < 2**63, "--seed", options.seed, "it must be 0 or above, and below 2**63")
+    check_settings(options.max_new_tokens, options.temperature, options.top_k)
     trained = load_model(resolve_checkpoint(options.ckpt_path, options.run))
     model, tokenizer = trained.model, trained.tokenizer
     device = model.embedding.weight.device

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from t6_lightning.budget import ALLOWED, CACHE_BYTES, COSTS, Match, match
-from t6_lightning.commands.parser import Parser, show_json
+from t6_lightning.commands.parser import Parser, check_files, show_json
 from t6_lightning.console import console
 from t6_lightning.errors import BadInput, require
 from t6_lightning.model.config import T6Config
@@ -194,6 +194,7 @@ def print_init(rows: list[dict[str, Any]]) -> None:
 def main(arguments: list[str]) -> int:
     """Print costs of presets or configuration files."""
     options = parse(arguments[1:])
+    check_files(options, "json")
     rows = []
     for name in options.presets:
         found = matched(name, options) if options.match else None

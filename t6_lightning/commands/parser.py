@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
+from kernels.bench import files
 from t6_lightning.errors import BadInput, require
 
 
@@ -32,11 +32,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_files(options: argparse.Namespace, *names: str) -> None:
-    """Raises BadInput where the folder of a file to write is missing: better before the work than after it."""
+    """Raises BadInput where a file cannot be written: better before the work than after it."""
     for name in names:
-        file = getattr(options, name)
-        fits = file in (None, "-") or Path(file).resolve().parent.is_dir()
-        require(fits, f"--{name}", file, "there is no such folder")
+        file: str | None = getattr(options, name)
+        nothing = file is None or (name == "json" and file == "-")
+        why_not = None if file is None or nothing else files.why_not_writable(file)
+        require(why_not is None, f"--{name}", file, why_not or "")
 
 
 def show_json(value: Any, target: str) -> None:
@@ -46,6 +47,6 @@ def show_json(value: Any, target: str) -> None:
         sys.stdout.write(text + "\n")
         return
     try:
-        Path(target).write_text(text + "\n")
-    except OSError as error:
-        raise BadInput(f"--json {target} cannot be written: {error.strerror}") from error
+        files.write(target, text + "\n")
+    except ValueError as error:
+        raise BadInput(f"--json {error}") from error

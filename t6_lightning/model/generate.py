@@ -33,6 +33,13 @@ def sample(
     return (logits_BV.softmax(-1) / noise_BV).argmax(-1)
 
 
+def check_settings(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    """Raises BadInput for a setting of `generate` that is out of range."""
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "it must be at least 1")
+    require(isfinite(temperature) and temperature >= 0, "temperature", temperature, "it must be 0 or above")
+    require(top_k is None or top_k >= 1, "top_k", top_k, "it must be at least 1")
+
+
 def generate(
     model: T6,
     prompt_BT: torch.Tensor,
@@ -61,9 +68,7 @@ def generate(
     Raises:
         BadInput: a setting out of range.
     """
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "it must be at least 1")
-    require(isfinite(temperature) and temperature >= 0, "temperature", temperature, "it must be 0 or above")
-    require(top_k is None or top_k >= 1, "top_k", top_k, "it must be at least 1")
+    check_settings(max_new_tokens, temperature, top_k)
     on_gpu = model.embedding.weight.is_cuda
     require(on_gpu or not graph, "graph", graph, "CUDA graphs need a GPU")
     batch, n_prompt = prompt_BT.shape

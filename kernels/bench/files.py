@@ -1,0 +1,43 @@
+"""Files that a benchmark writes: refused before the work where they cannot be, and written whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def why_not_writable(file: str) -> str | None:
+    """One sentence, or None where `file` can be written."""
+    if not file:
+        return "it names no file"
+    path = Path(file).resolve()
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return "there is no such folder"
+    if path.exists() and not path.is_file():  # a pipe or a terminal, which opening could block
+        return None
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        return f"it cannot be written ({error.strerror})"
+    if is_new:
+        path.unlink()
+    return None
+
+
+def write(file: str, content: str | bytes) -> None:
+    """Write `content`; a file that was there stays until all of the new one is. Raises ValueError, in one sentence."""
+    data = content.encode() if isinstance(content, str) else content
+    path = Path(file).resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
+            path.write_bytes(data)  # a pipe or a terminal, or nothing can lie beside it
+            return
+        try:
+            beside.write_bytes(data)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror}") from error
