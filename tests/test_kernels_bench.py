@@ -25,7 +25,7 @@ TINY = {
     "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
     "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
 }
-RECORDED = Path(__file__).parents[1] / "kernels/results/decode-h100.json"
+RECORDED = Path(__file__).parents[1] / "kernels/results/decode.json"
 QUICK = ["--seconds", "0", "--device", "cpu"]
 
 

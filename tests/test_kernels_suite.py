@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,9 +18,7 @@ def lines(results: targets.Results) -> dict[str, list[str]]:
 
 
 def recorded() -> targets.Results:
-    files = {"decode": "decode-h100.json", "train": "training-h100.json"}
-    files |= {name: f"{name}.json" for name in ("generate", "cache")}
-    return {name: json.loads((RECORDED / file).read_text()) for name, file in files.items()}
+    return targets.read(RECORDED)
 
 
 def test_the_recorded_results_are_judged_as_the_pages_say():
@@ -64,11 +61,14 @@ def test_every_result_that_is_judged_comes_from_a_part():
 
 def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     def write(name: str, then: str = "") -> list[str]:
-        target = tmp_path / f"{name}.json.new"
-        return [sys.executable, "-c", f"open({str(target)!r}, 'w').write('[1]'); print({name!r}); {then}"]
+        target, profile = tmp_path / f"{name}.json.new", tmp_path / f"{name}-profile.txt.new"
+        wrote = f"open({str(target)!r}, 'w').write('[1]'); open({str(profile)!r}, 'a').write('new')"
+        return [sys.executable, "-c", f"{wrote}; print({name!r}); {then}"]
 
     (tmp_path / "broken.json").write_text("[0]")
     (tmp_path / "slow.json").write_text("[0]")
+    for name in ("broken", "good"):
+        (tmp_path / f"{name}-profile.txt").write_text("old")
     commands = {
         "broken": write("broken", "raise SystemExit(3)"),
         "slow": write("slow", "import time; time.sleep(60)"),
@@ -81,6 +81,8 @@ def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
     assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
     assert (tmp_path / "good.txt").read_text() == "good\n"
+    assert (tmp_path / "broken-profile.txt").read_text() == "old"
+    assert (tmp_path / "good-profile.txt").read_text() == "new"
     assert not list(tmp_path.glob("*.new"))
 
 

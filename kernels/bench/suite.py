@@ -27,20 +27,23 @@ TESTS = Path(__file__).parents[2] / "tests"
 
 
 def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
-    """Name -> command, those first without which the others say little. A part writes FOLDER/name.json."""
+    """Name -> command, those first without which the others say little.
+
+    A part writes FOLDER/name.json, and some a name-profile.txt, both with .new behind until it has come to its end.
+    """
 
     def json(name: str) -> list[str]:
         return ["--json", str(folder / f"{name}.json.new")]
+
+    def profiled(name: str) -> list[str]:
+        return ["--profile", str(folder / f"{name}-profile.txt.new"), *json(name)]
 
     # By name: the others' imports may be missing where only kernels run.
     checks = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in file.read_text()]
     named = {
         "checks": [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *checks],
-        "train": [*MODELS, "train", *TRAINED, "--profile", str(folder / "train-profile.txt"), *json("train")],
-        "generate": [
-            *(*MODELS, "generate", *GENERATED, "--new_tokens", "32"),
-            *("--profile", str(folder / "generate-profile.txt"), *json("generate")),
-        ],
+        "train": [*MODELS, "train", *TRAINED, *profiled("train")],
+        "generate": [*MODELS, "generate", *GENERATED, "--new_tokens", "32", *profiled("generate")],
         "decode": [*BENCH, "decode", "--table", *json("decode")],
         "cache": [
             *(PYTHON, "-m", "t6_lightning", "cache", "paper/medium-tpa", "--context", "16384", "131072"),
@@ -65,22 +68,28 @@ def run(commands: Mapping[str, Sequence[str]], folder: Path, limit: float) -> di
     for name, command in commands.items():
         began = time.monotonic()
         print(f"{name}: {' '.join(command)}", flush=True)
-        fresh = folder / f"{name}.json.new"
-        fresh.unlink(missing_ok=True)
+        fresh = [folder / f"{name}{end}.new" for end in (".json", "-profile.txt")]
+        _remove(fresh)
         with open(folder / f"{name}.txt", "wb") as said:
             try:
                 code = subprocess.run(
                     command, stdout=said, stderr=said, timeout=limit, check=False
                 ).returncode
                 ended[name] = "done" if code == 0 else f"exit code {code}, see {said.name}"
-                if code == 0 and fresh.is_file():
-                    fresh.replace(folder / f"{name}.json")
+                for file in fresh:
+                    if code == 0 and file.is_file():
+                        file.replace(file.with_suffix(""))
             except subprocess.TimeoutExpired:
                 ended[name] = f"stopped after {limit:.0f} s, see {said.name}"
             finally:
-                fresh.unlink(missing_ok=True)
+                _remove(fresh)
         print(f"{name}: {ended[name]} ({time.monotonic() - began:.0f} s)", flush=True)
     return ended
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
