@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -210,6 +211,7 @@ def test_a_run_name_taken_by_another_configuration(
     said = refused(capsys, "fit", *TINY, "--run", "warm-or-not", "--trainer.max_steps", "0")
     assert "trainer.max_steps=0" in said
     RunFolder("taken").create((RunFolder("trained").config_file).read_text())
+    shutil.copytree(trained.parent, RunFolder("taken").checkpoints, dirs_exist_ok=True)
     said = refused(
         capsys, "fit", *TINY, "--run", "taken", "--model.optimizer.lr", "0.1", "--trainer.max_steps", "30"
     )
