@@ -85,7 +85,7 @@ def test_rows_of_any_lengths_whatever_it_costs_to_begin_one(monkeypatch, n_rows,
     """From no time at all to more than reading them all: programs that have nothing, and rows that are empty."""
     monkeypatch.setattr(kernel, "PAUSE_BYTES", pause_bytes)
     inputs = cache(n_rows, 1, 90, 3, 1, 2)
-    for seed in range(3):
+    for seed in range(3 if n_rows < 40 else 1):
         torch.manual_seed(seed)
         lengths = torch.randint(0, 91, (n_rows,)) * (torch.rand(n_rows) < 0.7)
         check(inputs, lengths)
