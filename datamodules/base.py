@@ -10,22 +10,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules import stores
-from datamodules.documents import Damage, Document
+from datamodules.documents import Document
 from datamodules.errors import BadData, SourceUnavailable
+from datamodules.met import Met, News, of_all_ranks
 from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SECONDS_BETWEEN_LOOKS = 5
 """How long loader processes are waited for before `asked_to_stop` is looked at."""
@@ -71,7 +69,7 @@ class TokenData(LightningDataModule, ABC):
         self._position = _Position()
         self._windows: dict[str, Windows] = {}
         self._met = Met()
-        self._news = _News()
+        self._news = News()
         self.repeats_when_cut_off = False
         """Whether, where a source cannot be reached any more, the last training batch (one of nothing before the
         first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
@@ -166,7 +164,7 @@ class TokenData(LightningDataModule, ABC):
     def faults_of_all_ranks(self) -> Counter[str]:
         """`faults` of all ranks, what several read counted once. With several ranks all of them must call it."""
         together = Met()
-        for met in _of_all_ranks(self._met):
+        for met in of_all_ranks(self._met):
             together.add(met)
         return together.by_kind()
 
@@ -348,47 +346,6 @@ class _Loader(DataLoader):
                 )
 
 
-@dataclass
-class Met:
-    """What went wrong in reading."""
-
-    passing: Counter[str] = field(default_factory=Counter)
-    damage: Damage = field(default_factory=Counter)
-
-    def add(self, other: "Met") -> None:
-        """Take in what others met, who may have read the same places."""
-        self.passing.update(other.passing)
-        self.damage |= other.damage
-
-    def by_kind(self) -> Counter[str]:
-        """kind -> how often"""
-        kinds = self.passing.copy()
-        for (kind, _), times in self.damage.items():
-            kinds[kind] += times
-        return kinds
-
-
-class _News:
-    """What this process has met since it was last asked."""
-
-    def __init__(self) -> None:
-        self._told = Met(stores.faults.copy(), stores.damage.copy())
-
-    def take(self) -> Met:
-        new = Met(stores.faults.copy() - self._told.passing, stores.damage.copy() - self._told.damage)
-        self._told.passing.update(new.passing)
-        self._told.damage.update(new.damage)
-        return new
-
-
-def _of_all_ranks(value: T) -> list[T]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, value)
-    return every
-
-
 Lane = tuple[int, int]
 """(index of the source, number of the lane)"""
 
@@ -414,7 +371,7 @@ class _Position:
         """source -> [lane, *mark] of each lane that was read, as plain lists."""
         self.settle()
         latest: dict[Lane, Mark] = {}
-        for marks in _of_all_ranks(self.marks):
+        for marks in of_all_ranks(self.marks):
             for lane, mark in marks.items():
                 latest[lane] = max(mark, latest.get(lane, mark))
         found: dict[str, list[list[int]]] = {}

@@ -20,8 +20,8 @@ from stream_helpers import c4, consume, fineweb_edu, first, json_lines, pile, to
 
 from datamodules import C4, BadData, FineWebEdu, Pile, base, pieces, stores
 from datamodules.__main__ import main
-from datamodules.base import Met
 from datamodules.errors import SourceUnavailable
+from datamodules.met import Met
 from datamodules.pieces import Pieces
 from datamodules.stores import Folder
 
@@ -296,7 +296,7 @@ def test_damage_that_several_ranks_read_counts_once(tmp_path, monkeypatch):
     data.train_dataloader()
     data.on_before_batch_transfer({"faults": (Counter({"the hub stalls": 2}), Counter())}, 0)
     ours = pickle.dumps(data._met)
-    monkeypatch.setattr(base, "_of_all_ranks", lambda met: [met, pickle.loads(ours), Met()])
+    monkeypatch.setattr(base, "of_all_ranks", lambda met: [met, pickle.loads(ours), Met()])
     assert data.faults_of_all_ranks() == expected | {"the hub stalls": 4}
     assert data.faults == expected | {"the hub stalls": 2}
 
