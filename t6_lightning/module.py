@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.distributed.tensor import DTensor
 
 from t6_lightning import parallel, ranks, recompute
 from t6_lightning.errors import BadInput
@@ -139,8 +138,7 @@ class T6Module(pl.LightningModule):
         # The gradients are those of Σ nats / positions; exactly 1 where every position counts.
         weight = positions / self.step_sums[1].clamp_min(1)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = parallel.total_norm(gradients)
         self.grad_norm = norm * weight.to(norm.dtype)
         if self.accepts_step is not None and not self.accepts_step(self.step_loss, self.grad_norm):
             for parameter in self.parameters():
@@ -150,12 +148,12 @@ class T6Module(pl.LightningModule):
             return
         limit = gradient_clip_val or float("inf")
         factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0) * weight.to(norm.dtype)
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        mine = [parallel.local(gradient) for gradient in gradients]
+        torch._foreach_mul_(mine, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def weights_are_finite(self) -> bool:
         """Whether the norm of all weights is a finite number. Waits for the device; every rank must ask."""
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.parameters()])
-        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+        return bool(parallel.total_norm([p.detach() for p in self.parameters()]).isfinite())
 
     @property
     def step_loss(self) -> torch.Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from t6_lightning.errors import require
 
@@ -49,9 +50,22 @@ class AdamWConfig:
             {"params": spared, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
         optimizer.register_load_state_dict_post_hook(_copy_moments)
         return optimizer
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, which updates a rank's own part of spread parameters as plain tensors.
+
+    Elements do not mix, so that the numbers are the same; spread tensors only take the host longer.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return has_complex
 
 
 def _copy_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -71,6 +71,7 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
         strategy.connect(module)
         with signals.heeded_in_c(leave_alone, SECONDS_TO_JOIN):
             strategy.setup_environment()
+            ranks.connect_hosts()
         # Lightning's own way out, when Python ends, is too late: the first process waits for the others to end.
         atexit.unregister(_destroy_dist_connection)
         console.quiet = not ranks.is_first()
@@ -131,6 +132,9 @@ def follow_launcher(trainer: Any) -> None:
 
 # --- FSDP2 ---
 
+KEPT_SHARE = 4
+"""Whole weights and gradients may take one part in so many of a device's memory."""
+
 
 def shard(net: T6, mesh: DeviceMesh) -> None:
     """Spread the parameters over a mesh of one dimension: each block gathers its own, runs, and lets go of them."""
@@ -140,6 +144,34 @@ def shard(net: T6, mesh: DeviceMesh) -> None:
     fully_shard(net, mesh=mesh, reshard_after_forward=False)
     for method in ("token_losses", "summed_loss"):
         register_fsdp_forward_method(net, method)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a spread tensor, in the same memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all elements of tensors, of which each rank may hold a part. Every rank must ask.
+
+    Of parts as plain tensors: the dispatch of hundreds of spread ones takes the host longer than the device computes.
+    """
+    norm = torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors])
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return norm
+    return ranks.total(norm.double().square()).sqrt().to(norm.dtype)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def has_room_for_whole(net: nn.Module, device: torch.device) -> bool:
+    """Whether weights and gradients of the whole model are a small part of a device's memory."""
+    return KEPT_SHARE * sum(2 * p.numel() * p.element_size() for p in net.parameters()) <= memory(device)
 
 
 def is_sharded(net: nn.Module) -> bool:
@@ -195,10 +227,17 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Lightning's strategy with one mesh dimension in use; the model has no plan for tensor parallelism. It saves
     through the same checkpoint files as every other strategy.
+
+    Args:
+        keeps_whole: gather parameters once a step and keep them, and the gradients of its micro-batches, whole until
+            its last backward pass (SHARD_GRAD_OP of the first FSDP); else a block is gathered for each of its passes
+            and its gradients are scattered after each (FULL_SHARD). None: where they take at most a quarter of a
+            device's memory.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, keeps_whole: bool | None = None, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
+        self.keeps_whole = keeps_whole
         self.writes_shards = False
 
     def setup_environment(self) -> None:
@@ -207,10 +246,31 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if self.keeps_whole is None:
+            self.keeps_whole = has_room_for_whole(self._net, self.root_device)
+        for block in self._net.blocks:
+            block.set_reshard_after_forward(not self.keeps_whole)
+
+    @property
+    def _net(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.net
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        # Gradients are added up in shards, micro-batch by micro-batch: whole ones would not fit.
-        yield
+        """Around each micro-batch of a step but its last."""
+        if not self.keeps_whole:
+            yield
+            return
+        self._net.set_requires_gradient_sync(False)
+        self._net.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            self._net.set_requires_gradient_sync(True)
+            self._net.set_reshard_after_backward(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -264,7 +324,12 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
 
 
-StrategyRegistry.register("fsdp2", ShardedStrategy, "FSDP2: parameters, gradients and optimizer in shards")
+_SPREADS = "FSDP2: parameters, gradients and optimizer in shards"
+StrategyRegistry.register("fsdp2", ShardedStrategy, f"{_SPREADS}; whole in a step where memory is plenty")
+StrategyRegistry.register("fsdp2_full_shard", ShardedStrategy, f"{_SPREADS}, always", keeps_whole=False)
+StrategyRegistry.register(
+    "fsdp2_shard_grad_op", ShardedStrategy, f"{_SPREADS} between steps", keeps_whole=True
+)
 
 
 def build_trainer(

@@ -19,6 +19,10 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning's launcher and SLURM say who a process is, before any group exists."""
 
 
+_hosts: distributed.ProcessGroup | None = None
+"""Of the processes themselves, beside the group of their GPUs; None where the ranks' only group is that already."""
+
+
 class FirstRankFailed(BadInput):
     """Rank 0 failed and has said why: the others end quietly."""
 
@@ -36,11 +40,26 @@ def is_first() -> bool:
     return not named or int(named[0]) == 0
 
 
+def connect_hosts() -> None:
+    """Let ranks whose devices are connected speak past them too. Every rank must call it.
+
+    What they ask each other in every step would else wait for all that the devices have yet to do, and these then
+    for the next step's first launches.
+    """
+    global _hosts
+    if connected() and distributed.get_backend() != "gloo":
+        group = distributed.new_group(backend="gloo")
+        assert isinstance(group, distributed.ProcessGroup)
+        _hosts = group
+
+
 def disconnect(patience: float = 10) -> None:
     """Leave the group of processes, all at the same time: NCCL's part of it waits for the other ranks to leave too.
 
     A rank that died or hangs is waited for no longer than `patience` seconds.
     """
+    global _hosts
+    _hosts = None
     if distributed.is_available() and distributed.is_initialized():
         leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
         leaving.start()
@@ -55,11 +74,11 @@ def total(sums: torch.Tensor) -> torch.Tensor:
 
 
 def largest(value: float) -> float:
-    """The largest of the ranks' values. Waits for the device."""
+    """The largest of the ranks' values. Waits for the other ranks to ask, not for any device."""
     if not connected():
         return value
-    values = torch.tensor(value, dtype=torch.float64, device=device())
-    distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    values = torch.tensor(value, dtype=torch.float64)
+    distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_hosts)
     return float(values)
 
 
@@ -68,17 +87,10 @@ def signalled() -> int:
     return int(largest(signals.noted))
 
 
-def device() -> torch.device:
-    """Where small tensors must lie to be sent."""
-    on_gpu = connected() and distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     if connected():
-        of_gpu = distributed.get_backend() == "nccl"
-        distributed.barrier(device_ids=[torch.cuda.current_device()] if of_gpu else None)
+        distributed.barrier(group=_hosts)
 
 
 def first(function: Callable[[], Result]) -> Result:
@@ -94,7 +106,7 @@ def first(function: Callable[[], Result]) -> Result:
         if distributed.get_rank() == 0:
             said = [function(), True]
     finally:
-        distributed.broadcast_object_list(said, src=0)
+        distributed.broadcast_object_list(said, src=0, group=_hosts)
     result, done = said
     if not done:
         raise FirstRankFailed("rank 0 failed")

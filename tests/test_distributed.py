@@ -21,7 +21,7 @@ import yaml
 from commands import TINY, command
 from test_resume import logged_step, metrics, weights
 
-from t6_lightning import checkpoint_files, checkpoint_shards
+from t6_lightning import checkpoint_files, checkpoint_shards, parallel
 from t6_lightning.__main__ import main
 from t6_lightning.runs import RunFolder
 
@@ -201,9 +201,19 @@ def test_elastic_resume_over_fifty_steps(home: Path) -> None:
     print("1 -> 2 -> 4 -> 2 ranks: the same samples at each of 50 steps, losses and weights to 1e-10")
 
 
-def test_sharded_parameters_train_the_same_model(home: Path, one: str) -> None:
-    ranks.fit(2, "fsdp2", *EXACT, "--trainer.strategy", "fsdp2")
-    assert_close(home, "fsdp2", one, 1e-12)
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_full_shard"])
+def test_sharded_parameters_train_the_same_model(home: Path, one: str, strategy: str) -> None:
+    """Gathered once a step, as a small model is where nothing is said, and for each pass of a block."""
+    ranks.fit(2, strategy, *EXACT, "--trainer.strategy", strategy)
+    assert_close(home, strategy, one, 1e-12)
+
+
+def test_whole_weights_and_gradients_are_kept_where_memory_is_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, cpu = torch.nn.Linear(100, 10, bias=False), torch.device("cpu")
+    whole = 2 * 4 * 1000
+    for quarter, kept in ((whole, True), (whole - 1, False)):
+        monkeypatch.setattr(parallel, "memory", lambda device, quarter=quarter: 4 * quarter)
+        assert parallel.has_room_for_whole(net, cpu) is kept
 
 
 def test_every_counted_token_weighs_the_same_on_any_number_of_ranks(home: Path) -> None:
