@@ -91,6 +91,17 @@ def test_rows_of_any_lengths_whatever_it_costs_to_begin_one(monkeypatch, n_rows,
         check(inputs, lengths)
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 33])
+def test_rows_of_one_length_with_programs_of_their_own(monkeypatch, n_rows):
+    """As many programs to each row; one row longer by a token; rows that end within a grain; empty ones."""
+    monkeypatch.setattr(kernel, "INTERPRETED_PROGRAMS", 2 * n_rows)
+    inputs = cache(n_rows, 1, 300, 3, 1, 2)
+    check(inputs)
+    for length in (299, 257, 0):
+        check(inputs, torch.full((n_rows,), length))
+    check(inputs, torch.full((n_rows,), 256) + (torch.arange(n_rows) == n_rows - 1))
+
+
 def test_programs_are_a_multiple_of_the_rows_where_that_is_cheap():
     counts = {rows: even_programs(132, rows, 64) for rows in (1, 3, 16, 32, 64, 100, 1000)}
     assert counts == {1: 132, 3: 132, 16: 128, 32: 128, 64: 128, 100: 132, 1000: 132}

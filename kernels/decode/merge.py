@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.tiles import LOWEST, ceil_div, grains_of, length_of
+from kernels.decode.tiles import LOWEST, ceil_div, counted, grains_of, length_of, pause_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "capacity", "n_programs", "n_columns"])
@@ -28,12 +28,14 @@ def merge_segments(
     columns_W = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     n_grains = 0
     row_begin = 0
+    grains = grains_of(lengths_ptr, tl.arange(0, ROWS), n_rows, capacity, RAGGED, GRAIN)
+    pause = pause_of(grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED, GRAIN, PAUSE, N, ROWS)
     for first in range(0, n_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
-        grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
+        grains = counted(grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN), pause)
         n_grains += tl.sum(grains, 0)
         row_begin += tl.sum(tl.where(rows < row, grains, 0), 0)
-    row_begin += PAUSE
+    row_begin += pause
     row_grains = ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
     n_working = tl.minimum(n_programs, ceil_div(n_grains, N // GRAIN))
     # The program of a grain is the last one whose first grain is not past it; see `share`.

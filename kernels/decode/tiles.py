@@ -163,12 +163,34 @@ def put(ptr, at, x_RX, x_X, live_X, RANK: tl.constexpr, RANKS: tl.constexpr, RAN
 
 
 @triton.jit
-def grains_of(
-    lengths_ptr, rows, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr
-):
-    """Grains of `rows`, counted with PAUSE in front of each row that has any: what it takes to begin one."""
-    grains = ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
-    return grains + tl.where(grains > 0, PAUSE, 0)
+def grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr):
+    return ceil_div(length_of(lengths_ptr, rows, n_rows, capacity, RAGGED), GRAIN)
+
+
+@triton.jit
+def counted(grains, pause):
+    """Grains of rows with a pause in front of each that has any: what it takes to begin one."""
+    return grains + tl.where(grains > 0, pause, 0)
+
+
+@triton.jit
+def pause_of(
+    grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """PAUSE; 0 where rows of one length have as many programs each, so that none begins a row on its way.
+
+    `grains` are those of the first ROWS rows.
+    """
+    rows = tl.arange(0, ROWS)
+    longest = tl.max(grains, 0)
+    shortest = tl.min(tl.where(rows < n_rows, grains, longest), 0)
+    for first in range(ROWS, n_rows, ROWS):
+        grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN)
+        longest = tl.maximum(longest, tl.max(grains, 0))
+        shortest = tl.minimum(shortest, tl.min(tl.where(first + rows < n_rows, grains, shortest), 0))
+    n_working = tl.minimum(n_programs, ceil_div(longest * n_rows, N // GRAIN))
+    return tl.where((shortest == longest) & (n_working % n_rows == 0), 0, PAUSE)
 
 
 @triton.jit
@@ -176,16 +198,18 @@ def share(
     lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """This program's grains [begin, end) among those of all rows, the row of the first, and where that begins.
+    """This program's grains [begin, end) among those of all rows, the row of the first, where that begins; the pause.
 
-    Each row begins with its PAUSE; an end inside one is put where it begins. The first ROWS rows are read once for all.
+    Each row begins with its pause; an end inside one is put where it begins. The first ROWS rows are read once for all.
     """
     rows = tl.arange(0, ROWS)
-    grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
-    past = tl.cumsum(grains, 0)
-    n_grains = tl.sum(grains, 0)
+    grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN)
+    pause = pause_of(grains, lengths_ptr, n_rows, capacity, tl.num_programs(0), RAGGED, GRAIN, PAUSE, N, ROWS)
+    past = tl.cumsum(counted(grains, pause), 0)
+    n_grains = tl.max(past, 0)
     for first in range(ROWS, n_rows, ROWS):
-        n_grains += tl.sum(grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN, PAUSE), 0)
+        grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN)
+        n_grains += tl.sum(counted(grains, pause), 0)
     n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, N // GRAIN)), 1)
     program = tl.program_id(0)
     begin = program * n_grains // n_working
@@ -194,10 +218,10 @@ def share(
     row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
     last_begin = tl.max(tl.where(past <= end, past, 0), 0)
     for first in range(ROWS, n_rows, ROWS):
-        grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN, PAUSE)
-        past = tl.max(past, 0) + tl.cumsum(grains, 0)
+        grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN)
+        past = tl.max(past, 0) + tl.cumsum(counted(grains, pause), 0)
         row += tl.sum(((past <= begin) & (first + rows < n_rows)).to(tl.int32), 0)
         row_begin = tl.maximum(row_begin, tl.max(tl.where(past <= begin, past, 0), 0))
         last_begin = tl.maximum(last_begin, tl.max(tl.where(past <= end, past, 0), 0))
-    end = tl.where(end - last_begin <= PAUSE, last_begin, end)
-    return begin, end, row, row_begin
+    end = tl.where(end - last_begin <= pause, last_begin, end)
+    return begin, end, row, row_begin, pause

@@ -52,10 +52,11 @@ from kernels.decode.tiles import (
     LOWEST,
     along_heads,
     along_tokens,
+    ceil_div,
+    counted,
     dot,
     feature_of,
     feature_rows,
-    grains_of,
     is_feature,
     length_of,
     load,
@@ -151,13 +152,13 @@ def _attend(
     wide = tl.full((), 1, tl.int64)
 
     program = tl.program_id(0)
-    begin, end, row, row_begin = share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, PAUSE, N, ROWS)
+    begin, end, row, row_begin, pause = share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, PAUSE, N, ROWS)
     while begin < end:
         length = length_of(lengths_ptr, row, n_rows, capacity, RAGGED)
-        row_end = row_begin + grains_of(lengths_ptr, row, n_rows, capacity, RAGGED, GRAIN, PAUSE)
+        row_end = row_begin + counted(ceil_div(length, GRAIN), pause)
         stop = tl.minimum(end, row_end)
-        first_token = tl.maximum(begin - row_begin - PAUSE, 0) * GRAIN
-        past_token = tl.minimum((stop - row_begin - PAUSE) * GRAIN, length)
+        first_token = tl.maximum(begin - row_begin - pause, 0) * GRAIN
+        past_token = tl.minimum((stop - row_begin - pause) * GRAIN, length)
         if NEW_A_K or NEW_B_K or NEW_C_K or NEW_A_V or NEW_B_V or NEW_C_V:
             # Each program writes the new tokens that it reads; programs that share them write the same.
             live_H = heads_H < H
