@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, N numbers of a token's record, R rank, H heads, D head dimension.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -115,33 +115,16 @@ def _parts(numbers: list[int]) -> list[Part]:
     return [Part(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
 
 
-def _calls(record: torch.Tensor, numbers: list[int], rest: Sequence[Any]) -> Iterator[tuple[Part, tuple]]:
-    """Each part with what the contraction of it takes."""
-    q_cos, q_sin, k_cos, k_sin, pairing = rest
-    for part, turn in zip(_parts(numbers), ((q_cos, q_sin), (k_cos, k_sin), (None, None)), strict=True):
-        yield part, (*factors(record, part), *turn, pairing)
-
-
 def _run_forward(record, numbers, *rest):
     from kernels.contract import triton
 
-    return tuple(triton.forward(*call) for _, call in _calls(record, numbers, rest))
+    return triton.forward_qkv(record, _parts(numbers), *rest)
 
 
 def _run_backward(d_q, d_k, d_v, record, numbers, *rest):
     from kernels.contract import triton
 
-    ends = sorted([start for part in _parts(numbers) for start in (part.a, part.b)] + [record.shape[-1]])
-    d_record = torch.empty(record.shape, dtype=record.dtype, device=record.device)
-    d_record[..., : ends[0]].zero_()
-
-    def unused(start: int, length: int) -> int:
-        return ends[ends.index(start) + 1] - start - length
-
-    for d_out, (part, call) in zip((d_q, d_k, d_v), _calls(record, numbers, rest), strict=True):
-        pads = (unused(part.a, part.rank * part.heads), unused(part.b, part.rank * part.width))
-        triton.backward_into(*factors(d_record, part), pads, d_out, *call)
-    return d_record
+    return triton.backward_qkv(d_q, d_k, d_v, record, _parts(numbers), *rest)
 
 
 def _save(ctx, inputs, output):

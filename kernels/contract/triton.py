@@ -19,6 +19,7 @@ one (forward), else to 8.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false, reportGeneralTypeIssues=false
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,17 +140,17 @@ def _backward(
     n = tl.program_id(0)
     row = (n // T).to(tl.int64)
     t = (n % T).to(tl.int64)
-    cos = 1.0
-    sin = 0.0
-    if W > 0:
-        cos, sin = _tables(cos_ptr, sin_ptr, row * table_row + t * table_token, P, W)
-        cos = tl.trans(cos)
-        sin = tl.trans(sin)
+    # All that is read is asked for before anything is computed of it.
     ptrs = b_ptr + row * b_row + t * b_token + ranks_R[None, :] * B_RANK
     y1 = tl.load(ptrs + first[:, None], mask=live_PR, other=0.0)
     y2 = tl.load(ptrs + second[:, None], mask=live_PR, other=0.0)
+    cos = 1.0
+    sin = 0.0
     if W > 0:
-        y1, y2 = _turned(y1, y2, cos, sin)
+        turning_P = tl.arange(0, P)[:, None]
+        table_at = row * table_row + t * table_token + turning_P
+        cos = tl.load(cos_ptr + table_at, mask=turning_P < W // 2, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + table_at, mask=turning_P < W // 2, other=0.0).to(tl.float32)
     a_at = a_ptr + row * a_row + t * a_token
     d_out_at = d_out_ptr + row * d_row + t * d_token
     d_a_at = d_a_ptr + n.to(tl.int64) * d_a_token
@@ -159,11 +160,13 @@ def _backward(
     for h in tl.static_range(0, H, HEADS):
         heads_H = h + tl.arange(0, HEADS)
         live_HR = (heads_H < H)[:, None] & live_R[None, :]
-        a_HR = tl.load(a_at + ranks_R[None, :] * A_RANK + heads_H[:, None], mask=live_HR, other=0.0)
         live = (heads_H < H)[:, None] & live_P[None, :]
         ptrs = d_out_at + heads_H[:, None] * d_head
         d1 = tl.load(ptrs + first[None, :], mask=live, other=0.0)
         d2 = tl.load(ptrs + second[None, :], mask=live, other=0.0)
+        a_HR = tl.load(a_at + ranks_R[None, :] * A_RANK + heads_H[:, None], mask=live_HR, other=0.0)
+        if W > 0 and h == 0:
+            y1, y2 = _turned(y1, y2, cos, sin)
         g1 += _dot(tl.trans(d1), a_HR, UPCAST)
         g2 += _dot(tl.trans(d2), a_HR, UPCAST)
         d_a = _dot(d1, y1, UPCAST) + _dot(d2, y2, UPCAST)
@@ -186,14 +189,73 @@ def _backward(
         tl.store(d_b_at + R * D + behind, nothing, mask=behind < B_PAD)
 
 
-def choose_launch(D: int, dtype: torch.dtype, backward: bool) -> Launch:
-    """The fastest or close to it for 34, 47, 61 and 78 heads (H100, bfloat16, D = 64).
+@triton.jit(do_not_specialize=["T"])
+def _forward_qkv(
+    record_ptr, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_ptr, k_ptr, v_ptr,
+    T, row, token, q_table_row, q_table_token, k_table_row, k_table_token,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`_forward` of Q, K and V from one record: a program does one of them for one token. Q, K, V: see `_part`."""
+    part = tl.program_id(1)
+    if part == 0:
+        _forward(
+            record_ptr + Q[0], record_ptr + Q[1], q_cos_ptr, q_sin_ptr, q_ptr,
+            T, row, token, row, token, q_table_row, q_table_token,
+            Q[2], Q[3], Q[4], Q[5], Q[6], Q[7], Q[2], Q[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
+    elif part == 1:
+        _forward(
+            record_ptr + K[0], record_ptr + K[1], k_cos_ptr, k_sin_ptr, k_ptr,
+            T, row, token, row, token, k_table_row, k_table_token,
+            K[2], K[3], K[4], K[5], K[6], K[7], K[2], K[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
+    else:
+        _forward(
+            record_ptr + V[0], record_ptr + V[1], q_cos_ptr, q_sin_ptr, v_ptr,
+            T, row, token, row, token, 0, 0,
+            V[2], V[3], V[4], V[5], V[6], V[7], V[2], V[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
 
-    Ranks 2 and 6; backward rank 2 at 47 and 61 heads alone.
-    """
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_qkv(
+    d_q_ptr, d_k_ptr, d_v_ptr, record_ptr, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, d_record_ptr,
+    T, d_q_row, d_q_token, d_q_head, d_k_row, d_k_token, d_k_head, d_v_row, d_v_token, d_v_head, row, token,
+    q_table_row, q_table_token, k_table_row, k_table_token, d_token,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`_backward` of Q, K and V into one record; a program does one of them for one token."""
+    part = tl.program_id(1)
+    if part == 0:
+        _backward(
+            d_q_ptr, record_ptr + Q[0], record_ptr + Q[1], q_cos_ptr, q_sin_ptr,
+            d_record_ptr + Q[0], d_record_ptr + Q[1],
+            T, d_q_row, d_q_token, d_q_head, row, token, row, token, q_table_row, q_table_token, d_token, d_token,
+            Q[8], Q[9], Q[10], Q[2], Q[3], Q[4], Q[5], Q[6], Q[7], Q[2], Q[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
+    elif part == 1:
+        _backward(
+            d_k_ptr, record_ptr + K[0], record_ptr + K[1], k_cos_ptr, k_sin_ptr,
+            d_record_ptr + K[0], d_record_ptr + K[1],
+            T, d_k_row, d_k_token, d_k_head, row, token, row, token, k_table_row, k_table_token, d_token, d_token,
+            K[8], K[9], K[10], K[2], K[3], K[4], K[5], K[6], K[7], K[2], K[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
+    else:
+        _backward(
+            d_v_ptr, record_ptr + V[0], record_ptr + V[1], q_cos_ptr, q_sin_ptr,
+            d_record_ptr + V[0], d_record_ptr + V[1],
+            T, d_v_row, d_v_token, d_v_head, row, token, row, token, 0, 0, d_token, d_token,
+            V[8], V[9], V[10], V[2], V[3], V[4], V[5], V[6], V[7], V[2], V[3], INTERLEAVED, HEADS, UPCAST,
+        )  # fmt: skip
+
+
+def choose_launch(H: int, D: int, dtype: torch.dtype, backward: bool) -> Launch:
+    """The fastest or close to it for 34, 47, 61 and 78 heads (H100, bfloat16, D = 64)."""
     if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
         return Launch(heads=16, warps=4)
-    return Launch(heads=32, warps=1) if backward else Launch(heads=64, warps=4)
+    return Launch(heads=64 if 32 < H <= 64 else 32, warps=1) if backward else Launch(heads=64, warps=4)
 
 
 def _shape(
@@ -237,7 +299,7 @@ def forward(
     D = b_BTRD.shape[-1]
     a, b = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD)
     out = torch.empty((B, T, H, D), dtype=a.dtype, device=a.device)
-    heads, warps = launch or choose_launch(D, a.dtype, False)
+    heads, warps = launch or choose_launch(H, D, a.dtype, False)
     if out.numel():
         _forward[(B * T,)](
             a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin), out,
@@ -259,35 +321,98 @@ def backward(
     """dA (B, T, R, H) and dB (B, T, R, D), contiguous; any views."""
     d_a = torch.empty(a_BTRH.shape, dtype=a_BTRH.dtype, device=a_BTRH.device)
     d_b = torch.empty(b_BTRD.shape, dtype=b_BTRD.dtype, device=b_BTRD.device)
-    backward_into(d_a, d_b, (0, 0), d_out_BTHD, a_BTRH, b_BTRD, cos, sin, pairing, launch)
-    return d_a, d_b
-
-
-def backward_into(
-    d_a_BTRH: torch.Tensor,
-    d_b_BTRD: torch.Tensor,
-    pads: tuple[int, int],
-    d_out_BTHD: torch.Tensor,
-    a_BTRH: torch.Tensor,
-    b_BTRD: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    pairing: str,
-    launch: Launch | None = None,
-) -> None:
-    """`backward` into views whose tokens lie at one distance each; behind a token's numbers come `pads` zeros."""
-    B, T = a_BTRH.shape[:2]
+    B, T, R, H = a_BTRH.shape
     D = b_BTRD.shape[-1]
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
-    heads, warps = launch or choose_launch(D, a.dtype, True)
-    # One token has no next one: what torch calls that stride means nothing.
-    d_a_token, d_b_token = (x.stride(1) if T > 1 else x.stride(0) for x in (d_a_BTRH, d_b_BTRD))
+    heads, warps = launch or choose_launch(H, D, a.dtype, True)
     if d_out.numel():
         _backward[(B * T,)](
             d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
-            d_a_BTRH, d_b_BTRD,
-            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
-            d_a_token, d_b_token,
-            A_PAD=pads[0], B_PAD=pads[1], MOST_PAD=triton.next_power_of_2(max(pads)) if max(pads) else 0,
-            **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
+            d_a, d_b,
+            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos), R * H, R * D,
+            A_PAD=0, B_PAD=0, MOST_PAD=0, **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
         )  # fmt: skip
+    return d_a, d_b
+
+
+def _part(numbers: Sequence[int], turn: torch.Tensor | None, least_rank: int, pads: tuple[int, int]) -> tuple:
+    """What a kernel must know of a part of a record: a, b, H, D, W, R, RP, P; for gradients A_PAD, B_PAD, MOST_PAD."""
+    a, b, rank, heads, width = numbers
+    padded = max(least_rank, triton.next_power_of_2(rank)), max(16, triton.next_power_of_2(width // 2))
+    most = triton.next_power_of_2(max(pads)) if max(pads) else 0
+    return a, b, heads, width, 0 if turn is None else 2 * turn.shape[-1], rank, *padded, *pads, most
+
+
+def _parts(parts, q_cos, k_cos, least_rank: int, pads) -> dict:
+    turns = (q_cos, k_cos, None)
+    found = (_part(*given) for given in zip(parts, turns, (least_rank,) * 3, pads, strict=True))
+    return dict(zip("QKV", found, strict=True))
+
+
+def _record_strides(record_BTN: torch.Tensor) -> tuple[int, int]:
+    return (
+        (record_BTN.stride(0), record_BTN.stride(1)) if record_BTN.shape[1] > 1 else (record_BTN.stride(0), 0)
+    )
+
+
+def forward_qkv(
+    record_BTN: torch.Tensor,
+    parts: Sequence[Sequence[int]],
+    q_cos: torch.Tensor | None,
+    q_sin: torch.Tensor | None,
+    k_cos: torch.Tensor | None,
+    k_sin: torch.Tensor | None,
+    pairing: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V (B, T, H, D) in one launch; `parts` are kernels.contract.qkv.Part of each."""
+    B, T = record_BTN.shape[:2]
+    record = _contiguous_last(record_BTN)
+    q, k, v = (record.new_empty(B, T, part[3], part[4]) for part in parts)
+    heads, warps = choose_launch(parts[0][3], max(part[4] for part in parts), record.dtype, False)
+    tables = [record if x is None else _contiguous_last(x) for x in (q_cos, q_sin, k_cos, k_sin)]
+    if record.numel():
+        _forward_qkv[(B * T, 3)](
+            record, *tables, q, k, v,
+            T, *_record_strides(record), *_table_strides(q_cos), *_table_strides(k_cos),
+            **_parts(parts, q_cos, k_cos, 16, ((0, 0),) * 3), INTERLEAVED=pairing == "interleaved",
+            HEADS=heads, UPCAST=INTERPRETED, num_warps=warps,
+        )  # fmt: skip
+    return q, k, v
+
+
+def backward_qkv(
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+    record_BTN: torch.Tensor,
+    parts: Sequence[Sequence[int]],
+    q_cos: torch.Tensor | None,
+    q_sin: torch.Tensor | None,
+    k_cos: torch.Tensor | None,
+    k_sin: torch.Tensor | None,
+    pairing: str,
+) -> torch.Tensor:
+    """The gradient of the record in one launch; 0 for what belongs to no part."""
+    B, T, N = record_BTN.shape
+    record = _contiguous_last(record_BTN)
+    gradients = [_contiguous_last(x) for x in (d_q, d_k, d_v)]
+    d_record = torch.empty(record.shape, dtype=record.dtype, device=record.device)
+    # Behind each stretch of factors lie numbers of no part, up to the next: who writes it writes their zeros too.
+    ends = sorted([start for part in parts for start in part[:2]] + [N])
+    d_record[..., : ends[0]].zero_()
+
+    def unused(start: int, length: int) -> int:
+        return ends[ends.index(start) + 1] - start - length
+
+    pads = [(unused(a, rank * heads), unused(b, rank * width)) for a, b, rank, heads, width in parts]
+    heads, warps = choose_launch(parts[0][3], max(part[4] for part in parts), record.dtype, True)
+    tables = [record if x is None else _contiguous_last(x) for x in (q_cos, q_sin, k_cos, k_sin)]
+    if record.numel():
+        _backward_qkv[(B * T, 3)](
+            *gradients, record, *tables, d_record,
+            T, *(stride for x in gradients for stride in x.stride()[:3]), *_record_strides(record),
+            *_table_strides(q_cos), *_table_strides(k_cos), N,
+            **_parts(parts, q_cos, k_cos, 8, pads), INTERLEAVED=pairing == "interleaved",
+            HEADS=heads, UPCAST=INTERPRETED, num_warps=warps,
+        )  # fmt: skip
+    return d_record
