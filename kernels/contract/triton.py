@@ -255,7 +255,9 @@ def choose_launch(H: int, D: int, dtype: torch.dtype, backward: bool) -> Launch:
     """The fastest or close to it for 34, 47, 61 and 78 heads (H100, bfloat16, D = 64)."""
     if dtype == torch.float32 or D > 128:  # what a block holds would leave the registers
         return Launch(heads=16, warps=4)
-    return Launch(heads=64 if 32 < H <= 64 else 32, warps=1) if backward else Launch(heads=64, warps=4)
+    if not backward:
+        return Launch(heads=64, warps=4)
+    return Launch(heads=64 if 32 < H <= 64 and D <= 64 else 32, warps=1)
 
 
 def _shape(
