@@ -48,7 +48,7 @@ def check(result: dict, operation: str, backends: set[str]) -> None:
 @pytest.mark.parametrize(
     ("operation", "backends"),
     [
-        ("contract", {"plain", "separate passes"}),
+        ("contract", {"plain", "plain, Q K V of 2, 2, 2", "separate passes"}),
         ("attention", {"plain", "sdpa"}),
         ("loss", {"plain (chunks)", "all logits"}),
     ],
@@ -77,7 +77,8 @@ def test_the_papers_sizes(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert [case["sizes"]["rank"] for case in found["cases"]] == [6, 2]
     for case in found["cases"]:
-        check(case, "contract", {"plain", "separate passes"})
+        rank = case["sizes"]["rank"]
+        check(case, "contract", {"plain", f"plain, Q K V of {rank}, 2, 2", "separate passes"})
     # Forward: a 34·6, b 64·6 and the result 34·64 of 3 tokens, 4 bytes each; both passes: factors 3 times, 2 results.
     factors, result = 4 * 3 * 6 * (34 + 64), 4 * 3 * 34 * 64
     assert [row["least_bytes"] for row in found["cases"][0]["rows"][:2]] == [

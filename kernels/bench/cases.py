@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from kernels.attention import attention, offsets
 from kernels.bench.others import Reference
 from kernels.contract import contract
+from kernels.contract.qkv import Part, contract_qkv
 from kernels.decode import MOST_QUERIES, decode
 from kernels.linear import MOST_ROWS, linear
 from kernels.linear import TRITON_DTYPES as HALVES
@@ -175,8 +176,18 @@ def contract_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     def separate_passes() -> torch.Tensor:
         return torch.einsum("btrh,btrd->bthd", a, rotate(b, cos, sin)) / R
 
+    record, parts = _record((R, 2, 2), B, T, H, D, dtype)
+    numbers, results = _bytes(record), 3 * result
+    least_of_record = (numbers + results, 3 * numbers + 2 * results)
+
     def rows(backend: str) -> list[Row]:
-        return _both_modes(backend, lambda: contract(a, b, cos, sin, backend=backend), [a, b], least)
+        def of_record() -> tuple[torch.Tensor, ...]:
+            return contract_qkv(record, parts, (cos, sin), (cos, sin), backend=backend)
+
+        return [
+            *_both_modes(backend, lambda: contract(a, b, cos, sin, backend=backend), [a, b], least),
+            *_both_modes(f"{backend}, Q K V of {R}, 2, 2", of_record, [record], least_of_record),
+        ]
 
     with_triton = a.is_cuda and TRITON_IS_INSTALLED
     return [
@@ -184,6 +195,18 @@ def contract_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
         *rows("plain"),
         *(rows("triton") if with_triton else []),
     ]
+
+
+def _record(
+    ranks: tuple[int, int, int], B: int, T: int, H: int, D: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, list[Part]]:
+    """Factors of Q, K and V side by side, laid out as in the model on a GPU."""
+    parts, end = [], 0
+    for rank in ranks:
+        b = -(-(end + rank * H) // 16) * 16
+        parts.append(Part(end, b, rank, H, D))
+        end = -(-(b + rank * D) // 16) * 16
+    return torch.randn(B, T, -(-end // 64) * 64, dtype=dtype, requires_grad=True), parts
 
 
 def attention_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
@@ -277,16 +300,17 @@ def paper_plans(operation: str, *, device: str | None, dtype: str | None) -> Ite
 
 def _both_modes(
     name: str,
-    forward: Callable[[], torch.Tensor],
+    forward: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]],
     inputs: list[torch.Tensor],
     least_bytes: tuple[int, int] | tuple[None, None] = (None, None),
 ) -> list[Row]:
     """`least_bytes`: of the forward pass, and of both passes."""
-    # A full tensor, as a next layer would send back: the stride-0 gradient of a sum times other code paths.
-    gradient = torch.randn_like(_without_gradients(forward)())
+    # Full tensors, as a next layer would send back: the stride-0 gradient of a sum times other code paths.
+    found = _without_gradients(forward)()
+    gradients = [torch.randn_like(x) for x in (found if isinstance(found, tuple) else [found])]
 
     def forward_and_backward() -> object:
-        return torch.autograd.grad(forward(), inputs, gradient)
+        return torch.autograd.grad(forward(), inputs, gradients)
 
     return [
         Row(name, "forward", _without_gradients(forward), least_bytes[0]),
@@ -294,7 +318,7 @@ def _both_modes(
     ]
 
 
-def _without_gradients(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def _without_gradients(forward: Callable[[], Any]) -> Callable[[], Any]:
     return torch.no_grad()(forward)
 
 

@@ -48,7 +48,7 @@ class Target:
         if not figures:
             return f"| {self.what} | {goal} | not measured | |"
         good = [value <= self.goal if self.at_most else value >= self.goal for value in figures]
-        low, high = self.said(min(figures)), self.said(max(figures))
+        low, high = (self.said(value, unless=self.goal) for value in (min(figures), max(figures)))
         span = low if low == high else f"{low} to {high}"
         verdict = (
             "reached"
@@ -59,14 +59,16 @@ class Target:
         )
         return f"| {self.what} | {goal} | {span} | {verdict} |"
 
-    def said(self, value: float) -> str:
+    def said(self, value: float, unless: float | None = None) -> str:
+        """With one digit more where rounding would make it `unless`."""
+        more = unless is not None and value != unless and self.said(value) == self.said(unless)
         if self.unit == "%":
-            return f"{100 * value:.1f} %"
+            return f"{100 * value:.{1 + more}f} %"
         if self.unit == "µs":
-            return f"{1e6 * value:.1f} µs"
-        return (
-            f"{value:.2f}×" if self.unit == "×" else f"{value:,.1f} {self.unit}".replace(".0 ", " ").strip()
-        )
+            return f"{1e6 * value:.{1 + more}f} µs"
+        if self.unit == "×":
+            return f"{value:.{2 + more}f}×"
+        return f"{value:,.{1 + more}f} {self.unit}".replace(".0 ", " ").strip()
 
 
 def _rows(results: Results, **like: Any) -> list[Row]:
