@@ -64,6 +64,14 @@ def _write_and_sync(file: Path, write: Callable[[Any], object]) -> str:
         return hashed.hash.hexdigest()
 
 
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, file or folder, if there is one. Raises OSError."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    for file in (checkpoint, _checksum_file(checkpoint)):
+        file.unlink(missing_ok=True)
+
+
 def save(state: dict[str, Any], checkpoint: Path) -> None:
     """Write `state` to `checkpoint`, and its SHA-256 beside it, so that either is whole or absent.
 
@@ -76,16 +84,22 @@ def save(state: dict[str, Any], checkpoint: Path) -> None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         digest = _write_and_sync(temporary, lambda stream: torch.save(state, stream))
         _write_and_sync(temporary_sum, lambda stream: stream.write(f"{digest}  {checkpoint.name}\n".encode()))
+        if checkpoint.is_dir():
+            _remove(checkpoint)
         temporary_sum.replace(_checksum_file(checkpoint))
         temporary.replace(checkpoint)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         for file in (temporary, temporary_sum):
             with contextlib.suppress(OSError):
                 file.unlink()
-        raise CheckpointError(
-            f"checkpoint {checkpoint} could not be written ({error}); earlier checkpoints are untouched: "
-            "make room on the disk and run the same command again"
-        ) from error
+        raise _not_written(checkpoint, error) from error
+
+
+def _not_written(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint} could not be written ({error}); earlier checkpoints are untouched: "
+        "make room on the disk and run the same command again"
+    )
 
 
 def save_shards(
@@ -118,13 +132,14 @@ def save_shards(
         failure = error
     all_written = ranks.largest(float(failure is not None)) == 0
     if rank == 0:
-        if all_written:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            temporary.rename(checkpoint)
-        else:
-            shutil.rmtree(temporary, ignore_errors=True)
-    ranks.barrier()
-    if not all_written:
+        try:
+            if all_written:
+                _remove(checkpoint)
+                temporary.rename(checkpoint)
+        except OSError as error:
+            failure = _not_written(checkpoint, error)
+        shutil.rmtree(temporary, ignore_errors=True)
+    if ranks.largest(float(failure is not None)):
         raise failure or CheckpointError(f"checkpoint {checkpoint} could not be written by another rank")
 
 
@@ -151,6 +166,13 @@ def is_whole(checkpoint: Path) -> bool:
     return whole
 
 
+def _damage(checkpoint: Path) -> str:
+    """What `is_whole` found wrong."""
+    if checkpoint.is_dir():
+        return "a file in it is missing, or its checksum differs from the one written with it"
+    return "its checksum differs from the one written with it"
+
+
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(folder.glob("step-*.ckpt"))
@@ -171,7 +193,7 @@ def newest_verified(folder: Path, fits: Callable[[Path], bool] = lambda file: Tr
     for checkpoint in filter(fits, reversed(in_order(folder))):
         if is_whole(checkpoint):
             return checkpoint
-        log.warning("checkpoint %s is damaged (its checksum differs): trying the one before", checkpoint)
+        log.warning("checkpoint %s is damaged (%s): trying the one before", checkpoint, _damage(checkpoint))
     return None
 
 
@@ -199,10 +221,10 @@ def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
         BadInput: it is damaged, or no checkpoint of this program.
     """
     is_folder = checkpoint.is_dir()
+    if is_folder and not checkpoint_shards.files_of(checkpoint):
+        raise BadInput(f"{checkpoint} is a folder, and no checkpoint: name one of its checkpoints")
     if (is_folder or _checksum_file(checkpoint).exists()) and not is_whole(checkpoint):
-        raise BadInput(
-            f"checkpoint {checkpoint} is damaged: its checksum differs from the one written with it"
-        )
+        raise BadInput(f"checkpoint {checkpoint} is damaged: {_damage(checkpoint)}")
     if not is_folder and not zipfile.is_zipfile(checkpoint):
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: it is no file that torch.save wrote")
     try:
@@ -221,4 +243,6 @@ def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
         raise BadInput(
             f"{checkpoint} is not a checkpoint of t6_lightning: it lacks the model's configuration"
         )
+    if not state["state_dict"]:
+        raise BadInput(f"{checkpoint} holds no weights: it is one file of a checkpoint; name their folder")
     return state

@@ -8,6 +8,7 @@ number of ranks goes on from them.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import subprocess
@@ -74,7 +75,8 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
             ranks.connect_hosts()
         # Lightning's own way out, when Python ends, is too late: the first process waits for the others to end.
         atexit.unregister(_destroy_dist_connection)
-        console.quiet = not ranks.is_first()
+        if not ranks.is_first():
+            _say_warnings_only()
         try:
             return program()
         finally:
@@ -91,6 +93,12 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
         raise
     _end(getattr(launcher, "procs", []), patience=SECONDS_TO_LEAVE)
     return 0 if is_child else code
+
+
+def _say_warnings_only() -> None:
+    console.quiet = True
+    for name in ("t6_lightning", "datamodules"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _end(processes: list[subprocess.Popen[Any]], patience: float) -> None:
@@ -346,6 +354,12 @@ def build_trainer(
         BadInput: a strategy or devices that are not there, tensor parallelism, or shards of a model that is not spread.
     """
     asked = config["strategy"]
+    if isinstance(asked, str):
+        is_lightnings = asked.rpartition(".")[2].lower() == "modelparallelstrategy"
+        config = config | {"strategy": "fsdp2" if is_lightnings else asked}
+        known = ("auto", *StrategyRegistry.available_strategies())
+        allowed = f"choose auto, ddp, {', '.join(n for n in known if n.startswith('fsdp2'))}, or another of Lightning's"
+        require(config["strategy"] in known, "trainer.strategy", asked, allowed)
     if isinstance(asked, ModelParallelStrategy):
         require(
             asked._tensor_parallel_size in ("auto", 1),

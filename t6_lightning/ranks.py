@@ -53,6 +53,14 @@ def connect_hosts() -> None:
         _hosts = group
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone: gloo says so in words alone."""
+    said = str(error)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    is_gloos = "gloo" in said and any(words in said for words in gone)
+    return connected() and (is_gloos or isinstance(error, distributed.DistError))
+
+
 def disconnect(patience: float = 10) -> None:
     """Leave the group of processes, all at the same time: NCCL's part of it waits for the other ranks to leave too.
 

@@ -156,6 +156,13 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
         raise
     except ranks.FirstRankFailed:
         pass  # rank 0 says it
+    except RuntimeError as error:
+        if not ranks.is_lost(error):
+            raise
+        last = folder.last_checkpoint()
+        said = f"go on from {last.name} with {_again(cli)[1]}" if last else "there is no checkpoint yet"
+        print(f"error: another rank is gone, and the run stops: {said}", file=sys.stderr)
+        return 1
     finally:
         if ranks.is_first():
             folder.update_record(status=status)
@@ -274,12 +281,19 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint_files.load(checkpoint, whole=False)["global_step"])
 
 
+SAME = "the same command"
+
+
+def _again(cli: T6CLI) -> tuple[bool, str]:
+    """Whether the same command goes on with the run, and what does."""
+    if cli.config.run is not None or cli.config.ckpt_path == "last":
+        return True, SAME
+    return False, f"python -m t6_lightning fit --ckpt_path last --run {cli.checkpoints.run_folder.name}"
+
+
 def _after_signal(cli: T6CLI, error: Interrupted) -> int:
-    again = error.step is None or cli.config.run is not None or cli.config.ckpt_path == "last"
+    again, how = (True, SAME) if error.step is None else _again(cli)
     when = "before training began" if error.step is None else f"after a checkpoint at step {error.step}"
-    how = "the same command"
-    if not again:
-        how = f"python -m t6_lightning fit --ckpt_path last --run {cli.checkpoints.run_folder.name}"
     if ranks.is_first():
         print(f"stopped by {error} {when}: go on with {how}", file=sys.stderr)
     return 75 if again else 128 + error.signum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from t6_lightning import checkpoint_files
 from t6_lightning.callbacks.checkpoints import VerifiedCheckpointIO
 from t6_lightning.checkpoint_files import CheckpointError
+from t6_lightning.errors import BadInput
 
 
 def some_state(elements: int = 1000) -> dict[str, Any]:
@@ -74,6 +76,38 @@ def test_what_is_written_in_the_background_is_the_state_when_it_was_asked_for(
     io.finish()
     read = checkpoint_files.load(tmp_path / "step-00000002.ckpt")
     assert all(torch.equal(read["state_dict"][name], value + 1) for name, value in expected.items())
+
+
+PLAIN = {"hyper_parameters": {"net": {}}, "global_step": 1, "optimizer_states": []}
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_other_form(tmp_path: Path) -> None:
+    """A folder of shards that of a file, and the other way round: whole, and nothing of the old one is left."""
+    checkpoint = checkpoint_files.of_step(tmp_path, 1)
+    for value in (1.0, 2.0):
+        checkpoint_files.save({**PLAIN, "state_dict": {"w": torch.tensor([value])}}, checkpoint)
+        assert checkpoint.is_file()
+        assert float(checkpoint_files.load(checkpoint)["state_dict"]["w"]) == value
+        rows = {"weight/w": torch.tensor([-value])}
+        checkpoint_files.save_shards({**PLAIN, "state_dict": {}}, rows, checkpoint, 0, 1)
+        assert checkpoint.is_dir()
+        assert float(checkpoint_files.load(checkpoint)["state_dict"]["w"]) == -value
+        assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_parts_of_checkpoints_and_folders_of_them_are_none(tmp_path: Path) -> None:
+    checkpoint = checkpoint_files.of_step(tmp_path, 1)
+    rows = {"weight/w": torch.ones(1)}
+    checkpoint_files.save_shards({**PLAIN, "state_dict": {}}, rows, checkpoint, 0, 1)
+    for part, said in (
+        (checkpoint / "rest.pt", "holds no weights: it is one file of a checkpoint; name their folder"),
+        (tmp_path, "is a folder, and no checkpoint: name one of its checkpoints"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(f"{part} {said}")):
+            checkpoint_files.load(part)
+    next(checkpoint.glob("shard-*.pt")).write_bytes(b"cut")
+    with pytest.raises(BadInput, match="is damaged: a file in it is missing, or its checksum differs"):
+        checkpoint_files.load(checkpoint)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

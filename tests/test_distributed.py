@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
@@ -393,6 +394,32 @@ def test_shards_that_are_cut_or_missing_are_passed_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [new]
 
 
+@pytest.mark.parametrize("strategy", ["ModelParallelStrategy", "fsdp2"])
+def test_lightnings_name_of_the_sharded_strategy(strategy: str) -> None:
+    config = {"strategy": strategy, "accelerator": "cpu", "devices": 2, "precision": "64-true"}
+    trainer = parallel.build_trainer(lambda given: pl.Trainer(**given, logger=False), config, shards=True)
+    assert isinstance(trainer.strategy, parallel.ShardedStrategy)
+    assert trainer.strategy.writes_shards
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_one_sentence(home: Path, one: str) -> None:
+    """And the same command goes on, to the same figures."""
+    said = home / "said" / "killed"
+    often = ["--checkpoints.every_tokens", "512"]
+    arguments = ["fit", *TINY, *EXACT, *often, "--trainer.accelerator", "cpu", "--run", "killed"]
+    preparation = partial(stop_after, 5, signal.SIGKILL)
+    began = time.monotonic()
+    assert ranks.finish(ranks.start(2, said, *arguments, preparation=preparation)) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 120
+    errors = (said / "rank-0.txt").read_text()
+    assert errors.count("error: another rank is gone, and the run stops: go on from step-") == 1
+    assert "with the same command" in errors
+    assert "Traceback" not in errors
+    assert RunFolder("killed").record["status"] == "failed"
+    ranks.fit(2, "killed", *EXACT, *often)
+    assert_close(home, "killed", one, 1e-12)
+
+
 def test_what_strategies_refuse(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,7 +428,10 @@ def test_what_strategies_refuse(
             ["--checkpoints.sharded", "true"],
             "checkpoints.sharded=True is not possible: it needs --trainer.strategy",
         ),
-        (["--trainer.strategy", "fsdp9"], "invalid strategy name: `strategy='fsdp9'`"),
+        (
+            ["--trainer.strategy", "fdsp2"],
+            "trainer.strategy='fdsp2' is not possible: choose auto, ddp, fsdp2, fsdp2_full_shard, fsdp2_shard_grad_op",
+        ),
         (
             ["--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size", "2"],
             "trainer.strategy.tensor_parallel_size=2 is not possible",
