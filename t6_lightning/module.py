@@ -138,7 +138,7 @@ class T6Module(pl.LightningModule):
         # The gradients are those of Σ nats / positions; exactly 1 where every position counts.
         weight = positions / self.step_sums[1].clamp_min(1)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = parallel.total_norm(gradients)
+        norm = ranks.total_norm(gradients)
         self.grad_norm = norm * weight.to(norm.dtype)
         if self.accepts_step is not None and not self.accepts_step(self.step_loss, self.grad_norm):
             for parameter in self.parameters():
@@ -148,12 +148,12 @@ class T6Module(pl.LightningModule):
             return
         limit = gradient_clip_val or float("inf")
         factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0) * weight.to(norm.dtype)
-        mine = [parallel.local(gradient) for gradient in gradients]
+        mine = [ranks.local(gradient) for gradient in gradients]
         torch._foreach_mul_(mine, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def weights_are_finite(self) -> bool:
         """Whether the norm of all weights is a finite number. Waits for the device; every rank must ask."""
-        return bool(parallel.total_norm([p.detach() for p in self.parameters()]).isfinite())
+        return bool(ranks.total_norm([p.detach() for p in self.parameters()]).isfinite())
 
     @property
     def step_loss(self) -> torch.Tensor:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from t6_lightning import ranks
 from t6_lightning.errors import require
 
 
@@ -64,7 +64,7 @@ class AdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            tensors[:] = [ranks.local(tensor) for tensor in tensors]
         return has_complex
 
 

@@ -154,22 +154,6 @@ def shard(net: T6, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(net, method)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a spread tensor, in the same memory; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all elements of tensors, of which each rank may hold a part. Every rank must ask.
-
-    Of parts as plain tensors: the dispatch of hundreds of spread ones takes the host longer than the device computes.
-    """
-    norm = torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors])
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
-        return norm
-    return ranks.total(norm.double().square()).sqrt().to(norm.dtype)
-
-
 def memory(device: torch.device) -> int:
     """Bytes of memory that a device has."""
     if device.type == "cuda":
@@ -355,8 +339,9 @@ def build_trainer(
     """
     asked = config["strategy"]
     if isinstance(asked, str):
-        is_lightnings = asked.rpartition(".")[2].lower() == "modelparallelstrategy"
-        config = config | {"strategy": "fsdp2" if is_lightnings else asked}
+        name = asked.lower()  # as Lightning reads it
+        is_lightnings = name.rpartition(".")[2] == "modelparallelstrategy"
+        config = config | {"strategy": "fsdp2" if is_lightnings else name}
         known = ("auto", *StrategyRegistry.available_strategies())
         allowed = f"choose auto, ddp, {', '.join(n for n in known if n.startswith('fsdp2'))}, or another of Lightning's"
         require(config["strategy"] in known, "trainer.strategy", asked, allowed)

@@ -161,7 +161,7 @@ def _train(cli: T6CLI, folder: RunFolder, checkpoint: Path | None) -> int:
             raise
         last = folder.last_checkpoint()
         said = f"go on from {last.name} with {_again(cli)[1]}" if last else "there is no checkpoint yet"
-        print(f"error: another rank is gone, and the run stops: {said}", file=sys.stderr)
+        print(f"error: another rank is gone or answers no more, and the run stops: {said}", file=sys.stderr)
         return 1
     finally:
         if ranks.is_first():
