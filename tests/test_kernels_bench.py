@@ -23,6 +23,7 @@ TINY = {
     "contract": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
     "attention": ["--batch", "1", "--context", "33", "--heads", "6", "--head-dim", "8", "--kv-heads", "2"],
     "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
+    "swiglu": ["--batch", "1", "--context", "5", "--hidden", "24"],
     "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
 }
 RECORDED = Path(__file__).parents[1] / "kernels/results/decode.json"
@@ -50,6 +51,7 @@ def check(result: dict, operation: str, backends: set[str]) -> None:
     [
         ("contract", {"plain", "plain, Q K V of 2, 2, 2", "separate passes"}),
         ("attention", {"plain", "sdpa"}),
+        ("swiglu", {"plain"}),
         ("loss", {"plain (chunks)", "all logits"}),
     ],
 )
@@ -204,6 +206,7 @@ def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
 def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
     """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
     monkeypatch.setattr(decode_table, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(decode_table, "FEWEST_CALLS", 4)
     monkeypatch.setattr(decode_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
     case = decode_table.Case(8, 16, 2, 2, 128, **changes)
     results = decode_table._tpa_times(case, torch.device("cpu"))

@@ -3,8 +3,11 @@
 Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head dimension, R rank.
 """
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.attention import attention, offsets
 from kernels.contract import contract
@@ -12,8 +15,10 @@ from kernels.decode import decode, layout, visible
 from kernels.decode.grouped import decode_grouped
 from kernels.factors import query_and_key
 from kernels.linear import linear
+from kernels.linear.stacked import stack, stacked_linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.place import TRITON_IS_INSTALLED
+from kernels.swiglu import swiglu
 from kernels.tolerances import assert_close, assert_matches
 
 pytestmark = [
@@ -99,6 +104,54 @@ def test_a_block_compiles_into_one_graph_with_the_same_gradients():
     expected = found["qkv", False]
     for gradient in found.values():
         assert float((gradient - expected).norm() / expected.norm()) < 0.01
+
+
+def test_gradients_of_a_model_are_those_of_the_cpu():
+    """In float32, whose products torch leaves alone: padding, record, SwiGLU's kernel and the tied embedding."""
+    from t6_lightning.model.attention.mha import MHAConfig
+    from t6_lightning.model.attention.tpa import TPAConfig
+    from t6_lightning.model.config import T6Config
+    from t6_lightning.model.t6 import T6
+
+    tokens = torch.randint(97, (2, 100))
+    for attention_config in (TPAConfig(5, 64), MHAConfig(4, 32)):
+        torch.manual_seed(0)
+        model = T6(T6Config(97, 128, 2, 100, attention_config, output_init="scaled"))
+        gradients = []
+        for device in ("cpu", "cuda"):
+            model.to(device).zero_grad()
+            model.loss(tokens.to(device), tokens.roll(-1, 1).to(device)).backward()
+            gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+        for name, gradient in gradients[1].items():
+            expected = gradients[0][name]
+            assert not gradient.is_sparse
+            assert float((gradient - expected).norm() / expected.norm()) < 1e-4, name
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 63, 2 * 2752), (3, 2), (5, 2 * 4099)], ids=str)
+def test_swiglu(shape, dtype):
+    assert_matches(
+        partial(swiglu, backend="triton"), partial(swiglu, backend="plain"), inputs(gate_up=shape), dtype
+    )
+
+
+def test_stacked_weights_get_float32_gradients():
+    x, *weights = (x.bfloat16().float() for x in inputs(x=(2, 63, 64), a=(9, 64), b=(40, 64)).values())
+    upstream = torch.randn(2, 63, 64, device="cuda").bfloat16()
+    exact = [tensor.double().requires_grad_() for tensor in (x, *weights)]
+    truth = F.linear(exact[0], stack(exact[1:], [16, 48]))
+    expected = torch.autograd.grad(truth, exact, upstream.double())
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights)]
+    with torch.autocast("cuda", torch.bfloat16):
+        y = stacked_linear(leaves[0], leaves[1:], [16, 48])
+    got = torch.autograd.grad(y, leaves, upstream)
+    assert_close(y, truth, torch.bfloat16)
+    assert_close(got[0], expected[0], torch.bfloat16)
+    for mine, true in zip(got[1:], expected[1:], strict=True):
+        # Products of bfloat16 numbers added up in float32, never rounded to bfloat16.
+        assert_close(mine, true, torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cudnn", "flash", "efficient"])

@@ -32,6 +32,10 @@ OPERATIONS: dict[str, tuple[str, dict[str, str]]] = {
         "a linear layer of a few rows, alone and with what stands around it in decoding",
         {"batch": "rows", "inputs": "features of a row", "outputs": "features of the result"},
     ),
+    "swiglu": (
+        "SwiGLU of gate and up side by side, in training",
+        {**BATCH, "context": "tokens per sequence", "hidden": "hidden size of the FFN"},
+    ),
     "loss": (
         "linear layer and cross-entropy",
         {**BATCH, "context": "tokens per sequence", "d-model": "hidden size", "vocabulary": "classes"},

@@ -23,6 +23,8 @@ from kernels.linear import TRITON_DTYPES as HALVES
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.place import TRITON_IS_INSTALLED, is_hopper
 from kernels.rope import rotate
+from kernels.swiglu import swiglu
+from kernels.swiglu.plain import swiglu as plain_swiglu
 
 Sizes = dict[str, int]
 
@@ -32,6 +34,7 @@ CPU_SIZES: dict[str, Sizes] = {
     "contract": {"batch": 1, "context": 1024, "heads": 34, "head_dim": 64, "rank": 6},
     "attention": {"batch": 1, "context": 512, "heads": 34, "head_dim": 64, "kv_heads": 34},
     "linear": {"batch": 16, "inputs": 1024, "outputs": 1024},
+    "swiglu": {"batch": 1, "context": 1024, "hidden": 2048},
     "loss": {"batch": 2, "context": 512, "d_model": 128, "vocabulary": 8192},
 }
 GPU_SIZES: dict[str, Sizes] = {
@@ -39,6 +42,7 @@ GPU_SIZES: dict[str, Sizes] = {
     "contract": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "rank": 6},
     "attention": {"batch": 16, "context": 1024, "heads": 47, "head_dim": 64, "kv_heads": 47},
     "linear": {"batch": 16, "inputs": 1024, "outputs": 2752},
+    "swiglu": {"batch": 16, "context": 1024, "hidden": 2752},
     "loss": {"batch": 16, "context": 1024, "d_model": 1024, "vocabulary": 50304},
 }
 
@@ -68,6 +72,7 @@ PAPER_SIZES: dict[str, list[dict[str, int | None]]] = {
             (FFN_WIDTHS[d_model], d_model),
         )
     ],
+    "swiglu": [{"batch": 16, "context": 1024, "hidden": hidden} for hidden in FFN_WIDTHS.values()],
     "loss": [
         {"batch": 16, "context": 1024, "d_model": d_model, "vocabulary": 50304} for d_model in PAPER_HEADS
     ],
@@ -255,6 +260,22 @@ def linear_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     return [row(backend, name, more) for name, more in around.items() for backend in backends]
 
 
+def swiglu_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
+    B, T, hidden = (sizes[name] for name in ("batch", "context", "hidden"))
+    gate_up = torch.randn(B, T, 2 * hidden, dtype=dtype, requires_grad=True)
+    backends = {"plain": partial(swiglu, gate_up, backend="plain")}
+    if gate_up.is_cuda and TRITON_IS_INSTALLED:
+        compiled = torch.compile(plain_swiglu)
+        backends |= {
+            "compiled": lambda: compiled(gate_up),
+            "triton": partial(swiglu, gate_up, backend="triton"),
+        }
+    least = _bytes(gate_up) * 3 // 2
+    # The backward pass reads its upstream gradient and the input, and writes that one's gradient.
+    both = (least, least + _bytes(gate_up) * 5 // 2)
+    return [row for name, run in backends.items() for row in _both_modes(name, run, [gate_up], both)]
+
+
 def loss_rows(sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     N, C, V = sizes["batch"] * sizes["context"], sizes["d_model"], sizes["vocabulary"]
     x = torch.randn(N, C, dtype=dtype, requires_grad=True)
@@ -286,6 +307,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.dtype], list[Row]]] = {
     "contract": contract_rows,
     "attention": attention_rows,
     "linear": linear_rows,
+    "swiglu": swiglu_rows,
     "loss": loss_rows,
 }
 

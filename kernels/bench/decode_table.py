@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from kernels.bench import others
 from kernels.bench.others import Reference
 from kernels.bench.report import environment
-from kernels.bench.timing import copy_bandwidth, median, quantile
+from kernels.bench.timing import HEAD_START_CYCLES, copy_bandwidth, median, quantile
 from kernels.decode import decode, layout
 from kernels.decode.grouped import decode_grouped
 
 ROTATED_BYTES = 2.56e8
-MOST_CALLS = 64
+# Calls of one graph: what it takes to start the graph is shared by all of them.
+FEWEST_CALLS, MOST_CALLS = 16, 64
 # What growing lengths shorten the first call by, at most.
 GROWTH = MOST_CALLS
 REPLAYS = 20
@@ -248,7 +249,8 @@ def _others(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
             try:
                 n_caches = max(1, math.ceil(ROTATED_BYTES / size))
                 made = [make(batch, tokens) for _ in range(n_caches)]
-                row["median_s"] = median(graph_times([made[i % n_caches] for i in range(max(4, n_caches))]))
+                calls = [made[i % n_caches] for i in range(max(FEWEST_CALLS, n_caches))]
+                row["median_s"] = median(graph_times(calls))
                 row["share_of_copy_bandwidth"] = size / row["median_s"] / bandwidth
             # A library that builds itself at its first call can fail in any way: the table goes on without it.
             except Exception as error:
@@ -309,7 +311,7 @@ def _lengths(case: Case, n_calls: int, device: torch.device) -> tuple[list[torch
 def _tpa_times(case: Case, device: torch.device) -> list[float]:
     torch.cuda.empty_cache()
     n_caches = max(1, math.ceil(ROTATED_BYTES / case.n_bytes))
-    n_calls = min(MOST_CALLS, max(4, n_caches))
+    n_calls = min(MOST_CALLS, max(FEWEST_CALLS, n_caches))
     n_caches = min(n_caches, MOST_CALLS)
     lengths, capacity = _lengths(case, n_calls, device)
     q = torch.randn(case.batch, case.queries, case.heads, case.head_dim, device=device, dtype=torch.bfloat16)
@@ -361,7 +363,7 @@ def _baselines(case: Case, device: torch.device, reference: Reference | None) ->
         if H % G or T > 1:
             continue
         n_caches = max(1, math.ceil(ROTATED_BYTES / (B * M * G * D * 4)))
-        n_calls = min(MOST_CALLS, max(4, n_caches))
+        n_calls = min(MOST_CALLS, max(FEWEST_CALLS, n_caches))
         caches = [
             torch.randn(2, B, G, M, D, device=device, dtype=torch.bfloat16)
             for _ in range(min(n_caches, MOST_CALLS))
@@ -377,7 +379,8 @@ def _baselines(case: Case, device: torch.device, reference: Reference | None) ->
         n_caches = min(MOST_CALLS, max(1, math.ceil(ROTATED_BYTES / size)))
         try:
             made = [reference.call(B, M, H, D, case.rank, device) for _ in range(n_caches)]
-            found["reference_s"] = median(graph_times([made[i % n_caches] for i in range(max(4, n_caches))]))
+            calls = [made[i % n_caches] for i in range(max(FEWEST_CALLS, n_caches))]
+            found["reference_s"] = median(graph_times(calls))
         except Exception as error:  # not all sizes compile
             print(f"the paper's kernel at {case}: {type(error).__name__}", file=sys.stderr)
     if T == 1 and case.group not in ("by length", "rows made on the chip"):
@@ -404,6 +407,8 @@ def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 def _event_seconds(run: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The device waits while the host starts the graph: that takes it several microseconds.
+    torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     run()
     end.record()

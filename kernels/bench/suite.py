@@ -54,7 +54,8 @@ def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
     if reference is not None:
         named["decode"] += ["--reference", str(reference)]
     return named | {
-        name: [*BENCH, name, "--paper", *json(name)] for name in ("linear", "contract", "attention", "loss")
+        name: [*BENCH, name, "--paper", *json(name)]
+        for name in ("linear", "contract", "attention", "swiglu", "loss")
     }
 
 

@@ -104,9 +104,14 @@ def choose_launch(
         return Launch(tile=32, warps=4, stages=3, programs=1, heads_first=True)
     if W == 128 and heads <= 32 and token_bytes <= 400:
         return Launch(tile=32, warps=4, stages=4, programs=2, heads_first=True)
+    if W == heads == 64 and max(padded(D), padded(E)) <= 64:
+        # Deeper, with one program: as many bytes on their way, more evenly shared by all multiprocessors.
+        tile = next((n for n in (64, 32, 16) if n * token_bytes <= 33_000), 0)
+        if tile:
+            return Launch(tile, warps=4, stages=4, programs=1, heads_first=True)
     warps = 8 if W >= 128 else 4
     widest = 128 if not heads_first else 64 if W <= 128 else 32
-    sizes = ((128, 50_000), (64, 50_000), (32, 66_000))
+    sizes = ((128, 50_000), (64, 50_000), (32, 74_000))
     tile = next((n for n, most in sizes if n <= widest and n * token_bytes <= most), 16)
     stages = min(3, SHARED_MEMORY // (tile * token_bytes))
     if stages < 2:

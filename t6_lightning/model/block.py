@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kernels.linear import linear
+from kernels.linear.stacked import stacked_linear
+from kernels.swiglu import swiglu
 from t6_lightning.model.attention import Layout
 from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.config import T6Config
@@ -57,9 +59,10 @@ class SwiGLU(nn.Module):
 
     def _aligned(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """The same with padded weights, and one product for gate and up."""
-        gate, up, down = self._padded()
-        gate_BTF, up_BTF = F.linear(x_BTC, torch.cat((gate, up))).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_BTF) * up_BTF, down)
+        weights = self.gate.weight, self.up.weight
+        missing = -len(weights[0]) % ALIGNMENT
+        gate_up = stacked_linear(x_BTC, weights, [len(weight) + missing for weight in weights])
+        return F.linear(swiglu(gate_up), F.pad(self.down.weight, (0, missing)))
 
 
 def dropout(probability: float) -> nn.Module:

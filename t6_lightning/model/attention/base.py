@@ -16,6 +16,7 @@ from torch import nn
 
 from kernels.attention import attention
 from kernels.decode.grouped import decode_grouped
+from kernels.linear.stacked import stacked_linear
 from t6_lightning.errors import require
 from t6_lightning.model.rope import Rope, Tables
 
@@ -249,7 +250,7 @@ class AttentionLayer(nn.Module, abc.ABC, Generic[Config]):
 
     def forward(self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, T, C) to (B, T, C); the new tokens' entries are appended to `cache`."""
-        return self.output(self.before_output(x_BTC, layout, cache))
+        return stacked_linear(self.before_output(x_BTC, layout, cache), [self.output.weight])
 
     def before_output(
         self, x_BTC: torch.Tensor, layout: Layout, cache: LayerCache | None = None

@@ -22,6 +22,7 @@ from kernels.contract.qkv import Part, contract_qkv
 from kernels.decode import decode
 from kernels.factors import query_and_key
 from kernels.linear import linear
+from kernels.linear.stacked import stack, stacked_linear
 from kernels.rope import rotate
 from t6_lightning.model.attention.base import AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import nonlinearity
@@ -99,8 +100,11 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
 
     def _record(self, x_BTC: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """All of them side by side, from one matrix product: small ones are slower."""
-        weight = self._merged_weights() if self._frozen is None else self._frozen
-        return linear(x_BTC, weight, backend=backend)
+        if torch.is_grad_enabled():
+            return stacked_linear(x_BTC, *self._weights())
+        return linear(
+            x_BTC, self._merged_weights() if self._frozen is None else self._frozen, backend=backend
+        )
 
     def _starts(self, on_gpu: bool) -> dict[str, int]:
         """Where each factor begins in a record."""
@@ -126,12 +130,13 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
                 factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
         return factors
 
-    def _merged_weights(self) -> torch.Tensor:
+    def _weights(self) -> tuple[list[torch.Tensor], list[int]]:
+        """The factors' projections, and the numbers that each makes of a record."""
         weights: list[torch.Tensor] = [self.get_submodule(name).weight for name in self.contextual]  # pyright: ignore
-        if weights[0].is_cuda:
-            widths = self._widths(True)
-            weights = [F.pad(w, (0, 0, 0, n - len(w))) for w, n in zip(weights, widths, strict=True)]
-        return torch.cat(weights)
+        return weights, self._widths(weights[0].is_cuda)
+
+    def _merged_weights(self) -> torch.Tensor:
+        return stack(*self._weights())
 
     def freeze(self) -> None:
         self._frozen = self._merged_weights()

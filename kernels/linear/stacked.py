@@ -1,0 +1,68 @@
+"""A linear layer of several weights, trained: one product makes all outputs, and float32 gradients of the weights.
+
+Under autocast torch makes gradients of weights in half precision and widens them in a further pass.
+
+Shapes: K inputs, N outputs; leading dimensions of any number.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.dispatch import product_dtype
+
+
+def stack(weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """The weights (N_i, K) below each other, each with zeros below it to rows[i]: (Σ rows, K)."""
+    padded = [
+        weight if n == len(weight) else F.pad(weight, (0, 0, 0, n - len(weight)))
+        for weight, n in zip(weights, rows, strict=True)
+    ]
+    return torch.cat(padded) if len(padded) > 1 else padded[0]
+
+
+def stacked_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], rows: Sequence[int] | None = None
+) -> torch.Tensor:
+    """x `stack(weights, rows)`ᵀ, in autocast's dtype inside autocast.
+
+    x        (..., K)
+    weights  (N_i, K) each
+    rows     of each in the result, N_i or more; N_i where it is not given
+    returns  (..., Σ rows)
+
+    With gradients, in half precision of float32 weights on a GPU: their gradients are views of one float32 tensor,
+    which the product itself writes. They are not to be differentiated again.
+    """
+    rows = [len(weight) for weight in weights] if rows is None else list(rows)
+    dtype = product_dtype(x, weights[0])
+    is_wide = x.is_cuda and dtype.itemsize == 2 and all(weight.dtype == torch.float32 for weight in weights)
+    if not is_wide or not torch.is_grad_enabled():
+        return F.linear(x, stack(weights, rows))
+    y: torch.Tensor = _StackedLinear.apply(x.to(dtype), rows, *weights)  # pyright: ignore[reportAssignmentType]
+    return y
+
+
+class _StackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        half_NK = stack(weights, rows).to(x.dtype)
+        ctx.save_for_backward(x, half_NK)
+        ctx.rows, ctx.lengths = rows, [len(weight) for weight in weights]
+        return F.linear(x, half_NK)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, half_NK = ctx.saved_tensors
+        d_weight_NK = wide_product(d_y.flatten(0, -2).t(), x.flatten(0, -2))
+        parts = d_weight_NK.split(ctx.rows)
+        return d_y @ half_NK, None, *(part[:n] for part, n in zip(parts, ctx.lengths, strict=True))
+
+
+def wide_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y in float32, of matrices in half precision."""
+    if not x.is_cuda:  # torch has it for GPUs alone
+        return (x @ y).float()
+    return torch.mm(x, y, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]

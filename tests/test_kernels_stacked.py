@@ -1,0 +1,65 @@
+"""Several weights in one product, against torch's linear layers.
+
+Shapes: B batch, T tokens, K inputs, N outputs.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.linear.stacked import _StackedLinear, stack, stacked_linear
+from kernels.tolerances import assert_close
+
+
+@pytest.fixture
+def x_BTK() -> torch.Tensor:
+    return torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weights() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 8, dtype=torch.float64, generator=generator) for n in (3, 4, 1)]
+
+
+def test_each_weight_has_its_place(x_BTK, weights):
+    assert torch.equal(stacked_linear(x_BTK, weights), F.linear(x_BTK, torch.cat(weights)))
+    y = stacked_linear(x_BTK, weights, [4, 4, 8])
+    assert torch.equal(stack(weights, [4, 4, 8])[[3, 9, 15]], torch.zeros(3, 8, dtype=torch.float64))
+    for place, weight in zip((0, 4, 8), weights, strict=True):
+        assert torch.allclose(y[..., place : place + len(weight)], F.linear(x_BTK, weight))
+    assert stacked_linear(x_BTK, weights[:1]).shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_products_own_gradients(dtype, x_BTK, weights):
+    """What a GPU runs under autocast, on what the half-precision product reads."""
+    x = x_BTK.to(dtype).requires_grad_()
+    leaves = [weight.to(dtype).float().requires_grad_() for weight in weights]
+    upstream = torch.ones(2, 5, 16, dtype=dtype).cumsum(-1)
+    y = _StackedLinear.apply(x, [4, 4, 8], *leaves)
+    assert isinstance(y, torch.Tensor)
+    assert y.dtype == dtype
+    got = torch.autograd.grad(y, (x, *leaves), upstream)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *leaves)]
+    truth = F.linear(exact[0], stack(exact[1:], [4, 4, 8]))
+    expected = torch.autograd.grad(truth, exact, upstream.double())
+    assert_close(y, truth, dtype)
+    for mine, true in zip(got, expected, strict=True):
+        assert_close(mine, true, dtype)
+    assert all(gradient.dtype == torch.float32 for gradient in got[1:])
+    # One tensor, which nothing has copied.
+    assert len({gradient.untyped_storage().data_ptr() for gradient in got[1:]}) == 1
+
+
+def test_weights_of_no_gradient_and_no_gradient_at_all(x_BTK, weights):
+    x = x_BTK.requires_grad_()
+    (d_x,) = torch.autograd.grad(stacked_linear(x, weights).sum(), x)
+    assert torch.allclose(d_x, torch.cat(weights).sum(0).expand_as(x))
+    with torch.no_grad():
+        assert not stacked_linear(x, weights).requires_grad
+
+
+def test_rows_are_one_for_each_weight(x_BTK, weights):
+    with pytest.raises(ValueError, match="zip"):
+        stacked_linear(x_BTK, weights, [4, 4])
