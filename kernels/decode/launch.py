@@ -85,11 +85,20 @@ def columns(T: int, H: int, widest: int) -> tuple[int, int]:
 
 
 def choose_launch(
-    queries: int, heads: int, D: int, E: int, S: int, U: int, dtype: torch.dtype, turned: int = 0
+    queries: int,
+    heads: int,
+    D: int,
+    E: int,
+    S: int,
+    U: int,
+    dtype: torch.dtype,
+    turned: int = 0,
+    direct: bool = True,
 ) -> Launch:
     """By what a program must hold, never by batch or length; the limits are from measurements on an H100.
 
-    `turned` features of each token's keys come with their partners, cosines and sines.
+    `turned` features of each token's keys come with their partners, cosines and sines. `direct`: what the products take
+    is what is cached, in loads of 8 bytes or more.
     """
     if dtype == torch.float32:
         # No tensor cores at full precision: small tiles, or the operands leave the registers.
@@ -104,14 +113,14 @@ def choose_launch(
         return Launch(tile=32, warps=4, stages=3, programs=1, heads_first=True)
     if W == 128 and heads <= 32 and token_bytes <= 400:
         return Launch(tile=32, warps=4, stages=4, programs=2, heads_first=True)
-    if W == heads == 64 and max(padded(D), padded(E)) <= 64:
-        # Deeper, with one program: as many bytes on their way, more evenly shared by all multiprocessors.
+    if direct and W == heads == 64 and max(padded(D), padded(E)) <= 64:
+        # One program with more stages instead of two: nearly as many bytes on their way, and room for the merge beside.
         tile = next((n for n in (64, 32, 16) if n * token_bytes <= 33_000), 0)
         if tile:
             return Launch(tile, warps=4, stages=4, programs=1, heads_first=True)
     warps = 8 if W >= 128 else 4
     widest = 128 if not heads_first else 64 if W <= 128 else 32
-    sizes = ((128, 50_000), (64, 50_000), (32, 74_000))
+    sizes = ((128, 50_000), (64, 50_000), (32, 74_000 if direct else 66_000))
     tile = next((n for n, most in sizes if n <= widest and n * token_bytes <= most), 16)
     stages = min(3, SHARED_MEMORY // (tile * token_bytes))
     if stages < 2:

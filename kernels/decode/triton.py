@@ -349,12 +349,13 @@ def decode(
     (P_PADDED, C_PADDED), (X_PADDED, Y_PADDED) = padded_row(P, C), padded_row(X, Y)
     widths = P_PADDED * C_PADDED, X_PADDED * Y_PADDED
     queries, heads = columns(T, H, max(widths))
-    launch = launch or choose_launch(queries, heads, *widths, S, U, q_BTHD.dtype, rows.turned)
+    factors = (a_k_BMSH, b_k_BMSD, rows.c_k, a_v_BMUH, b_v_BMUE, rows.c_v)
+    a_k, b_k, c_k, a_v, b_v, c_v = (Strides(0, 0, 0, 1) if x is None else strides(x) for x in factors)
+    direct = rows.as_cached and min(a_k.unit, a_v.unit) * q_BTHD.element_size() >= 8
+    launch = launch or choose_launch(queries, heads, *widths, S, U, q_BTHD.dtype, rows.turned, direct)
     if pages is not None and page % launch.tile:
         # Half the tile: as much on its way with twice the programs.
         launch = replace(launch, tile=64, programs=2 * launch.programs)
-    factors = (a_k_BMSH, b_k_BMSD, rows.c_k, a_v_BMUH, b_v_BMUE, rows.c_v)
-    a_k, b_k, c_k, a_v, b_v, c_v = (Strides(0, 0, 0, 1) if x is None else strides(x) for x in factors)
     cos = sin = q_BTHD
     turn_row = turn_token = 0
     if rows.turned:
