@@ -121,7 +121,7 @@ def test_gradients_of_a_model_are_those_of_the_cpu():
         for device in ("cpu", "cuda"):
             model.to(device).zero_grad()
             model.loss(tokens.to(device), tokens.roll(-1, 1).to(device)).backward()
-            gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+            gradients.append({name: p.grad.cpu().clone() for name, p in model.named_parameters()})
         for name, gradient in gradients[1].items():
             expected = gradients[0][name]
             assert not gradient.is_sparse

@@ -122,7 +122,7 @@ def choose_launch(
     widest = 128 if not heads_first else 64 if W <= 128 else 32
     sizes = ((128, 50_000), (64, 50_000), (32, 74_000 if direct else 66_000))
     tile = next((n for n, most in sizes if n <= widest and n * token_bytes <= most), 16)
-    stages = min(3, SHARED_MEMORY // (tile * token_bytes))
+    stages = min(4 if direct and heads == 128 else 3, SHARED_MEMORY // (tile * token_bytes))
     if stages < 2:
         # Too much at once for a pipeline: each factor is loaded when it is used.
         return Launch(tile=32, warps=warps, stages=1, programs=2, heads_first=heads_first)
