@@ -7,8 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import stacked
 from kernels.linear.stacked import _StackedLinear, stack, stacked_linear
 from kernels.tolerances import assert_close
+from t6_lightning import recompute
+from t6_lightning.model.attention.tpa import TPAConfig
+from t6_lightning.model.config import T6Config
+from t6_lightning.model.t6 import T6
 
 
 @pytest.fixture
@@ -63,3 +68,30 @@ def test_weights_of_no_gradient_and_no_gradient_at_all(x_BTK, weights):
 def test_rows_are_one_for_each_weight(x_BTK, weights):
     with pytest.raises(ValueError, match="zip"):
         stacked_linear(x_BTK, weights, [4, 4])
+
+
+@pytest.mark.parametrize(("choice", "compiled"), [("none", False), ("selective", True), ("full", False)])
+def test_a_model_trains_as_by_layers_of_torch(choice, compiled, monkeypatch):
+    """The GPU's path, on a CPU: under autocast, recomputed and compiled."""
+
+    def gradients(choice: str, compiled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = T6(T6Config(97, 64, 1, 20, TPAConfig(5, 16), output_init="scaled"))
+        recompute.apply(model.blocks, choice)  # pyright: ignore[reportArgumentType]
+        if compiled:
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+        tokens = torch.randint(97, (2, 20))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(tokens, tokens.roll(-1, 1))
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients("none", False)
+    monkeypatch.setattr(stacked, "widens", lambda x: True)
+    # Twice as much, to see which gradients it makes: gate and up are layers of their own on a CPU.
+    monkeypatch.setattr(stacked, "wide_product", lambda x, y: 2 * (x @ y).float())
+    torch._dynamo.reset()
+    for name, gradient in gradients(choice, compiled).items():
+        truth = expected[name] * (2 if ".attention." in name else 1)
+        assert float((gradient - truth).norm() / truth.norm()) < 0.02, name

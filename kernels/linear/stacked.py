@@ -38,8 +38,8 @@ def stacked_linear(
     """
     rows = [len(weight) for weight in weights] if rows is None else list(rows)
     dtype = product_dtype(x, weights[0])
-    is_wide = x.is_cuda and dtype.itemsize == 2 and all(weight.dtype == torch.float32 for weight in weights)
-    if not is_wide or not torch.is_grad_enabled():
+    halves = dtype.itemsize == 2 and all(weight.dtype == torch.float32 for weight in weights)
+    if not (halves and torch.is_grad_enabled() and widens(x)):
         return F.linear(x, stack(weights, rows))
     y: torch.Tensor = _StackedLinear.apply(x.to(dtype), rows, *weights)  # pyright: ignore[reportAssignmentType]
     return y
@@ -61,8 +61,13 @@ class _StackedLinear(torch.autograd.Function):
         return d_y @ half_NK, None, *(part[:n] for part, n in zip(parts, ctx.lengths, strict=True))
 
 
+def widens(x: torch.Tensor) -> bool:
+    """Whether a product on the device of `x` can give more precise numbers than it takes."""
+    return x.is_cuda
+
+
 def wide_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x y in float32, of matrices in half precision."""
-    if not x.is_cuda:  # torch has it for GPUs alone
+    if not widens(x):
         return (x @ y).float()
     return torch.mm(x, y, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
