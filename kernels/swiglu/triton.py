@@ -17,7 +17,7 @@ COLUMNS_PER_WARP = 256
 
 
 @triton.jit
-def _forward(x_ptr, y_ptr, F: tl.constexpr, COLUMNS: tl.constexpr):
+def _swiglu_forward(x_ptr, y_ptr, F: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = columns < F
@@ -28,7 +28,7 @@ def _forward(x_ptr, y_ptr, F: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _backward(d_y_ptr, x_ptr, d_x_ptr, F: tl.constexpr, COLUMNS: tl.constexpr):
+def _swiglu_backward(d_y_ptr, x_ptr, d_x_ptr, F: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = columns < F
@@ -56,7 +56,7 @@ def forward(gate_up: torch.Tensor) -> torch.Tensor:
     if y.numel():
         columns, warps = _launch(F)
         grid = (y.numel() // F, triton.cdiv(F, columns))
-        _forward[grid](gate_up, y, F=F, COLUMNS=columns, num_warps=warps)
+        _swiglu_forward[grid](gate_up, y, F=F, COLUMNS=columns, num_warps=warps)
     return y
 
 
@@ -68,5 +68,5 @@ def backward(d_y: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     if d_y.numel():
         columns, warps = _launch(F)
         grid = (d_y.numel() // F, triton.cdiv(F, columns))
-        _backward[grid](d_y, gate_up, d_x, F=F, COLUMNS=columns, num_warps=warps)
+        _swiglu_backward[grid](d_y, gate_up, d_x, F=F, COLUMNS=columns, num_warps=warps)
     return d_x
