@@ -65,8 +65,14 @@ class T6(nn.Module):
         tokens_BT: torch.Tensor,
         documents_BT: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        sparse_gradient: bool = False,
     ) -> torch.Tensor:
-        """The final normalized residual stream (B, T, C): `forward` before the output matrix."""
+        """The final normalized residual stream (B, T, C): `forward` before the output matrix.
+
+        `sparse_gradient`: the embedding gets one from its rows, for where its use as output matrix gives it a dense one
+        that autograd adds this to.
+        """
         n_tokens = tokens_BT.shape[1]
         if cache is None:
             layout = self._layout(n_tokens, documents_BT)
@@ -80,8 +86,9 @@ class T6(nn.Module):
         # Indexing is 4 times as fast as an embedding of a few tokens on a GPU, and as good without gradients.
         decoding = cache is not None and not torch.is_grad_enabled()
         weight = self.embedding.weight
-        # The output matrix is the same weight: a sparse gradient is added to its dense one, instead of zeros and all.
-        x_BTC = self.dropout(weight[tokens_BT] if decoding else F.embedding(tokens_BT, weight, sparse=True))
+        x_BTC = self.dropout(
+            weight[tokens_BT] if decoding else F.embedding(tokens_BT, weight, sparse=sparse_gradient)
+        )
         normed_BTC = rms_norm(x_BTC)
         for block, layer_cache in zip(self.blocks, caches, strict=True):
             x_BTC, normed_BTC = block(x_BTC, normed_BTC, layout, layer_cache)
@@ -103,7 +110,8 @@ class T6(nn.Module):
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The sum of `token_losses`, for training: its gradients are formed on the way, nothing is computed twice."""
-        x_BTC = self.hidden(tokens_BT, documents_BT)
+        # Tensors without memory have no sparse gradients.
+        x_BTC = self.hidden(tokens_BT, documents_BT, sparse_gradient=not self.embedding.weight.is_meta)
         return linear_cross_entropy_sum(
             x_BTC.flatten(0, 1), self.embedding.weight, targets_BT.flatten(), ignore_index=IGNORE
         )
