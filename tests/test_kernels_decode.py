@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.decode.plain
 from kernels.attention import attention
-from kernels.decode import decode
+from kernels.decode import decode, launch
 from kernels.tolerances import assert_close, assert_matches
 
 BACKENDS = ["plain", "sdpa"]
@@ -242,3 +242,18 @@ def test_mixed_dtypes_take_a_backend_that_can():
     inputs = cache(2, 3, 9, 3, 2, 1)
     found = decode(**{**inputs, "q_BTHD": inputs["q_BTHD"].float()}, scale=0.3)
     assert_close(found, decode(**inputs, scale=0.3, backend="plain"), torch.float32)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("H", [8, 16, 34, 47, 64, 78, 128, 200])
+def test_no_launch_wants_more_shared_memory_than_there_is(H, D, direct):
+    """By what Triton 3.6 takes for sm_90: the tiles on their way and, with heads first, weights as wide as q."""
+    for T, R in itertools.product((1, 2, 4, 16), range(1, 17)):
+        widest = launch.padded(D)
+        queries, heads = launch.columns(T, H, widest)
+        chosen = launch.choose_launch(queries, heads, widest, widest, R, R, torch.bfloat16, 0, direct)
+        tiles = chosen.stages * chosen.tile * 2 * R * (widest + heads) * 2
+        beside = queries * heads * widest * 2 if chosen.heads_first else 0
+        assert chosen.stages == 1 or tiles + beside <= 232_448
+        assert chosen.stages == 1 or chosen.programs * (tiles + beside + 1024) <= 233_472

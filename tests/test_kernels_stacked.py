@@ -65,9 +65,30 @@ def test_weights_of_no_gradient_and_no_gradient_at_all(x_BTK, weights):
         assert not stacked_linear(x, weights).requires_grad
 
 
-def test_rows_are_one_for_each_weight(x_BTK, weights):
-    with pytest.raises(ValueError, match="zip"):
-        stacked_linear(x_BTK, weights, [4, 4])
+@pytest.mark.parametrize("rows", [[4, 4], [3, 4, 0], []], ids=str)
+def test_rows_are_one_for_each_weight_and_enough(rows, x_BTK, weights):
+    with pytest.raises(ValueError, match=r"stacked_linear: weights of \[3, 4, 1\] rows in"):
+        stacked_linear(x_BTK, weights, rows)
+    with pytest.raises(ValueError, match=r"weights of \[\] rows"):
+        stacked_linear(x_BTK, [])
+
+
+def test_what_needs_no_gradient_costs_no_product(monkeypatch):
+    calls = []
+    monkeypatch.setattr(stacked, "widens", lambda x: True)
+    monkeypatch.setattr(stacked, "wide_product", lambda x, y: calls.append(1) or (x @ y).float())
+    x_K, weight = torch.randn(8, requires_grad=True), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = stacked_linear(x_K, [weight])
+    (d_x,) = torch.autograd.grad(y.float().sum(), x_K)
+    assert d_x.shape == (8,)
+    assert not calls
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = stacked_linear(x_K.detach(), [weight])
+    (d_weight,) = torch.autograd.grad(y.float().sum(), weight)
+    assert torch.allclose(d_weight, x_K.detach().bfloat16().float().expand(3, 8))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(("choice", "compiled"), [("none", False), ("selective", True), ("full", False)])

@@ -11,6 +11,8 @@ import torch
 
 # Bytes of a multiprocessor for load pipelines; the rest of its 227 KB is for queries and conversions.
 SHARED_MEMORY = 222_000
+# What one program may have of it at most, with a little to spare.
+MOST_SHARED_MEMORY = 226 * 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def choose_launch(
     S: int,
     U: int,
     dtype: torch.dtype,
-    turned: int = 0,
-    direct: bool = True,
+    turned: int,
+    direct: bool,
 ) -> Launch:
     """By what a program must hold, never by batch or length; the limits are from measurements on an H100.
 
@@ -109,7 +111,10 @@ def choose_launch(
     heads_first = W >= 64
     token_bytes = (S * (padded(D) + heads) + U * (padded(E) + heads)) * dtype.itemsize
     token_bytes += turned * (S * dtype.itemsize + 8)
-    if W == 128 and heads == 64 and 3 * 32 * token_bytes <= SHARED_MEMORY:
+    # With heads on the wide side weights go through shared memory on their way to the second product, as wide as q.
+    beside = W * max(padded(D), padded(E)) * dtype.itemsize if heads_first else 0
+    most_bytes = min(SHARED_MEMORY, MOST_SHARED_MEMORY - beside)
+    if W == 128 and heads == 64 and 3 * 32 * token_bytes <= most_bytes:
         return Launch(tile=32, warps=4, stages=3, programs=1, heads_first=True)
     if W == 128 and heads <= 32 and token_bytes <= 400:
         return Launch(tile=32, warps=4, stages=4, programs=2, heads_first=True)
@@ -120,13 +125,13 @@ def choose_launch(
             return Launch(tile, warps=4, stages=4, programs=1, heads_first=True)
     warps = 8 if W >= 128 else 4
     widest = 128 if not heads_first else 64 if W <= 128 else 32
-    sizes = ((128, 50_000), (64, 50_000), (32, 74_000 if direct else 66_000))
+    sizes = ((128, 50_000), (64, 50_000), (32, 74_000 if direct and not heads_first else 66_000))
     tile = next((n for n, most in sizes if n <= widest and n * token_bytes <= most), 16)
-    stages = min(4 if direct and heads == 128 else 3, SHARED_MEMORY // (tile * token_bytes))
+    stages = min(4 if direct and heads == 128 else 3, most_bytes // (tile * token_bytes))
     if stages < 2:
         # Too much at once for a pipeline: each factor is loaded when it is used.
         return Launch(tile=32, warps=warps, stages=1, programs=2, heads_first=heads_first)
-    two_fit = 2 * stages * tile * token_bytes <= SHARED_MEMORY
+    two_fit = 2 * (stages * tile * token_bytes + beside) <= SHARED_MEMORY
     programs = 2 if two_fit and warps == 4 and (heads_first or tile == 16) else 1
     return Launch(tile, warps, stages, programs, heads_first)
 

@@ -351,7 +351,7 @@ def decode(
     queries, heads = columns(T, H, max(widths))
     factors = (a_k_BMSH, b_k_BMSD, rows.c_k, a_v_BMUH, b_v_BMUE, rows.c_v)
     a_k, b_k, c_k, a_v, b_v, c_v = (Strides(0, 0, 0, 1) if x is None else strides(x) for x in factors)
-    direct = rows.as_cached and min(a_k.unit, a_v.unit) * q_BTHD.element_size() >= 8
+    direct = rows.as_cached and min(a_k.unit, b_k.unit, a_v.unit, b_v.unit) * q_BTHD.element_size() >= 8
     launch = launch or choose_launch(queries, heads, *widths, S, U, q_BTHD.dtype, rows.turned, direct)
     if pages is not None and page % launch.tile:
         # Half the tile: as much on its way with twice the programs.
@@ -400,8 +400,8 @@ def decode(
         HEADS_FIRST=launch.heads_first, ROWS=ROWS, UPCAST=INTERPRETED, OVERLAP=OVERLAP, STAGES=launch.stages,
         num_warps=launch.warps, **extra,
     )  # fmt: skip
-    # One pass over the segments that a row usually has, up to 128, and 64 numbers of o in a thread: with half as many,
-    # 16 rows take 1 to 2 µs longer.
+    # One pass over the segments that rows of one length have, up to 128, and at most 64 numbers of o in a thread: with
+    # four warps or more instead of one, 16 rows take 1 to 2 µs longer.
     segments = min(128, power_of_2(n_programs // B + (2 if n_programs % B else 0)))
     width = max(1, 16 // segments)
     warps = min(16, max(1, segments * width * padded(E) // (64 * 32)))

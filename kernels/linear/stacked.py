@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import product_dtype
 
@@ -33,10 +34,17 @@ def stacked_linear(
     rows     of each in the result, N_i or more; N_i where it is not given
     returns  (..., Σ rows)
 
+    Raises ValueError for weights or rows that do not go together.
+
     With gradients, in half precision of float32 weights on a GPU: their gradients are views of one float32 tensor,
-    which the product itself writes. They are not to be differentiated again.
+    which the product itself writes. Gradients can then be taken once, not differentiated again.
     """
-    rows = [len(weight) for weight in weights] if rows is None else list(rows)
+    lengths = [len(weight) for weight in weights]
+    rows = lengths if rows is None else list(rows)
+    if not weights or len(rows) != len(weights) or any(n < m for n, m in zip(rows, lengths, strict=True)):
+        raise ValueError(
+            f"stacked_linear: weights of {lengths} rows in {rows}; allowed: as many for each, or more"
+        )
     dtype = product_dtype(x, weights[0])
     halves = dtype.itemsize == 2 and all(weight.dtype == torch.float32 for weight in weights)
     if not (halves and torch.is_grad_enabled() and widens(x)):
@@ -54,11 +62,15 @@ class _StackedLinear(torch.autograd.Function):
         return F.linear(x, half_NK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, half_NK = ctx.saved_tensors
-        d_weight_NK = wide_product(d_y.flatten(0, -2).t(), x.flatten(0, -2))
-        parts = d_weight_NK.split(ctx.rows)
-        return d_y @ half_NK, None, *(part[:n] for part, n in zip(parts, ctx.lengths, strict=True))
+        d_x = d_y @ half_NK if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return d_x, None, *(None for _ in ctx.rows)
+        N, K = half_NK.shape
+        parts = wide_product(d_y.reshape(-1, N).t(), x.reshape(-1, K)).split(ctx.rows)
+        return d_x, None, *(part[:n] for part, n in zip(parts, ctx.lengths, strict=True))
 
 
 def widens(x: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
 
     gate_up  (..., 2 F): gate, then up
     backend  "auto", "triton" or "plain"
-    returns  (..., F)
+    returns  (..., F); by "triton" its gradient can be taken once, not differentiated again
 
     Raises ValueError for a last dimension that is not even, and for a backend that is unknown or cannot run.
     """

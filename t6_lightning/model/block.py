@@ -58,7 +58,7 @@ class SwiGLU(nn.Module):
         return gate, up, F.pad(self.down.weight, (0, missing))
 
     def _aligned(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """The same with padded weights, and one product for gate and up."""
+        """`forward` with padded weights, and one product for gate and up."""
         weights = self.gate.weight, self.up.weight
         missing = -len(weights[0]) % ALIGNMENT
         gate_up = stacked_linear(x_BTC, weights, [len(weight) + missing for weight in weights])

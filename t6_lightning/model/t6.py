@@ -86,9 +86,13 @@ class T6(nn.Module):
         # Indexing is 4 times as fast as an embedding of a few tokens on a GPU, and as good without gradients.
         decoding = cache is not None and not torch.is_grad_enabled()
         weight = self.embedding.weight
-        x_BTC = self.dropout(
-            weight[tokens_BT] if decoding else F.embedding(tokens_BT, weight, sparse=sparse_gradient)
-        )
+        if decoding:
+            x_BTC = weight[tokens_BT]
+        elif sparse_gradient:
+            x_BTC = F.embedding(tokens_BT, weight, sparse=True)
+        else:
+            x_BTC = self.embedding(tokens_BT)
+        x_BTC = self.dropout(x_BTC)
         normed_BTC = rms_norm(x_BTC)
         for block, layer_cache in zip(self.blocks, caches, strict=True):
             x_BTC, normed_BTC = block(x_BTC, normed_BTC, layout, layer_cache)
@@ -110,8 +114,11 @@ class T6(nn.Module):
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The sum of `token_losses`, for training: its gradients are formed on the way, nothing is computed twice."""
-        # Tensors without memory have no sparse gradients.
-        x_BTC = self.hidden(tokens_BT, documents_BT, sparse_gradient=not self.embedding.weight.is_meta)
+        weight = self.embedding.weight
+        # Not in half precision, where rows of frequent tokens would be rounded as often as they are added; tensors
+        # without memory have no sparse gradients.
+        sparse = weight.dtype.itemsize >= 4 and not weight.is_meta
+        x_BTC = self.hidden(tokens_BT, documents_BT, sparse_gradient=sparse)
         return linear_cross_entropy_sum(
             x_BTC.flatten(0, 1), self.embedding.weight, targets_BT.flatten(), ignore_index=IGNORE
         )
