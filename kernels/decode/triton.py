@@ -237,7 +237,9 @@ def _attend(
         highest_W = tl.full((W,), LOWEST, tl.float32)
         if PAGE > 0:
             page = tl.load(pages_ptr + row * pages_row + first_token // PAGE)
-        for start in tl.range(first_token, past_token, N, num_stages=STAGES):
+        # From 0: Triton 3.7 does not pipeline a loop whose first number comes out of a reduction.
+        for past in tl.range(0, past_token - first_token, N, num_stages=STAGES):
+            start = first_token + past
             tokens_N = start + tl.arange(0, N)
             live_N = tokens_N < past_token
             if PAGE > 0:
