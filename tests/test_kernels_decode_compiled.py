@@ -1,7 +1,6 @@
 """The decode kernel compiled for an H100 by the Triton that is installed; no GPU is needed for that.
 
-What a compiler does with it decides its speed: a loop whose loads are not pipelined takes several times as long, and
-results are the same.
+A loop whose loads are not pipelined gives the same results, so that no test of these would notice.
 """
 
 from __future__ import annotations
