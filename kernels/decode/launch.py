@@ -139,8 +139,11 @@ def choose_launch(
 def even_programs(most: int, rows: int, columns: int) -> int:
     """How many programs share the cached tokens of all rows: `most`, or a little less.
 
-    If it costs at most 4 % of them, a multiple of the rows: no program then has parts of two rows of equal length. Not
-    where the products of many columns take longer than reading (H100).
+    If it costs at most 4 % of them, a multiple of the rows: no program then has parts of two rows of equal length; best
+    a power of 2 for each row. Not where the products of many columns take longer than reading (H100).
     """
-    even = most // rows * rows
-    return even if even and most - even <= most // 25 and columns < 128 else most
+    each = most // rows
+    if not each or columns >= 128:
+        return most
+    candidates = (rows * (power_of_2(each + 1) // 2), rows * each)
+    return next((even for even in candidates if most - even <= most // 25), most)

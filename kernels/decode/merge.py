@@ -19,7 +19,7 @@ from kernels.decode.tiles import LOWEST, ceil_div, counted, grains_of, length_of
 def merge_segments(
     o_ptr, highest_ptr, total_ptr, lengths_ptr, out_ptr, n_rows, capacity, n_programs, n_columns,
     RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
-    U: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    U: tl.constexpr, LEAST: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, H, E): the segments of one row for COLUMNS of its (query token, head) columns."""
@@ -29,7 +29,7 @@ def merge_segments(
     n_grains = 0
     row_begin = 0
     grains = grains_of(lengths_ptr, tl.arange(0, ROWS), n_rows, capacity, RAGGED, GRAIN)
-    pause = pause_of(grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED, GRAIN, PAUSE, N, ROWS)
+    pause = pause_of(grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED, GRAIN, PAUSE, LEAST, ROWS)
     for first in range(0, n_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
         grains = counted(grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN), pause)
@@ -37,7 +37,7 @@ def merge_segments(
         row_begin += tl.sum(tl.where(rows < row, grains, 0), 0)
     row_begin += pause
     row_grains = ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
-    n_working = tl.minimum(n_programs, ceil_div(n_grains, N // GRAIN))
+    n_working = tl.minimum(n_programs, ceil_div(n_grains, LEAST // GRAIN))
     # The program of a grain is the last one whose first grain is not past it; see `share`.
     begin = row + ((row_begin + 1) * n_working - 1) // tl.maximum(n_grains, 1)
     end = row + 1 + ((row_begin + row_grains) * n_working - 1) // tl.maximum(n_grains, 1)

@@ -176,7 +176,7 @@ def counted(grains, pause):
 @triton.jit
 def pause_of(
     grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr,
+    LEAST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """PAUSE; 0 where rows of one length have as many programs each, so that none begins a row on its way.
 
@@ -189,13 +189,13 @@ def pause_of(
         grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN)
         longest = tl.maximum(longest, tl.max(grains, 0))
         shortest = tl.minimum(shortest, tl.min(tl.where(first + rows < n_rows, grains, shortest), 0))
-    n_working = tl.minimum(n_programs, ceil_div(longest * n_rows, N // GRAIN))
+    n_working = tl.minimum(n_programs, ceil_div(longest * n_rows, LEAST // GRAIN))
     return tl.where((shortest == longest) & (n_working % n_rows == 0), 0, PAUSE)
 
 
 @triton.jit
 def share(
-    lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, N: tl.constexpr,
+    lengths_ptr, n_rows, capacity, RAGGED: tl.constexpr, GRAIN: tl.constexpr, PAUSE: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """This program's grains [begin, end) among those of all rows, the row of the first, where that begins; the pause.
@@ -204,13 +204,15 @@ def share(
     """
     rows = tl.arange(0, ROWS)
     grains = grains_of(lengths_ptr, rows, n_rows, capacity, RAGGED, GRAIN)
-    pause = pause_of(grains, lengths_ptr, n_rows, capacity, tl.num_programs(0), RAGGED, GRAIN, PAUSE, N, ROWS)
+    pause = pause_of(
+        grains, lengths_ptr, n_rows, capacity, tl.num_programs(0), RAGGED, GRAIN, PAUSE, LEAST, ROWS
+    )
     past = tl.cumsum(counted(grains, pause), 0)
     n_grains = tl.max(past, 0)
     for first in range(ROWS, n_rows, ROWS):
         grains = grains_of(lengths_ptr, first + rows, n_rows, capacity, RAGGED, GRAIN)
         n_grains += tl.sum(counted(grains, pause), 0)
-    n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, N // GRAIN)), 1)
+    n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, LEAST // GRAIN)), 1)
     program = tl.program_id(0)
     begin = program * n_grains // n_working
     end = tl.minimum((program + 1) * n_grains // n_working, n_grains)

@@ -74,6 +74,8 @@ OVERLAP = not INTERPRETED
 ROWS = 32
 # Tokens of the smallest share of the work, so that programs differ by no more than that.
 GRAIN = 16
+# Tokens that are worth a program: of 128 in a tile, half. 16 rows of 1,024 tokens take 9.5 µs instead of 10.2 (H100).
+LEAST_TOKENS = 64
 # A program that begins a row is given so much less to read, for the time that this takes: 16 rows of 65,536 tokens take
 # 143.5 µs instead of 147. Of 45, 90 and 150 kB the last was the best in 11 of 12 cases (H100).
 PAUSE_BYTES = 150_000
@@ -113,7 +115,7 @@ def _attend(
     N: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
     P_PADDED: tl.constexpr, C_PADDED: tl.constexpr, X_PADDED: tl.constexpr, Y_PADDED: tl.constexpr,
     HEADS_FIRST: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """o (G, T, H, E), highest and total (G, T, H) of every segment; G = program + row.
 
@@ -152,7 +154,9 @@ def _attend(
     wide = tl.full((), 1, tl.int64)
 
     program = tl.program_id(0)
-    begin, end, row, row_begin, pause = share(lengths_ptr, n_rows, capacity, RAGGED, GRAIN, PAUSE, N, ROWS)
+    begin, end, row, row_begin, pause = share(
+        lengths_ptr, n_rows, capacity, RAGGED, GRAIN, PAUSE, LEAST, ROWS
+    )
     while begin < end:
         length = length_of(lengths_ptr, row, n_rows, capacity, RAGGED)
         row_end = row_begin + counted(ceil_div(length, GRAIN), pause)
@@ -379,6 +383,7 @@ def decode(
     grain = GRAIN if pages is None else launch.tile
     grain_bytes = grain * (S * (H + P + C) + U * (H + X + Y)) * q_BTHD.element_size()
     pause = math.ceil(PAUSE_BYTES / grain_bytes)
+    least = max(grain, min(launch.tile, LEAST_TOKENS))
     extra = {"launch_pdl": True} if OVERLAP else {}
     _attend[(n_programs, groups)](
         q_BTHD, *(q_BTHD if x is None else x for x in factors), cos, sin, lengths,
@@ -400,7 +405,7 @@ def decode(
         N=launch.tile, QUERIES=queries, HEADS=heads,
         P_PADDED=P_PADDED, C_PADDED=C_PADDED, X_PADDED=X_PADDED, Y_PADDED=Y_PADDED,
         HEADS_FIRST=launch.heads_first, ROWS=ROWS, UPCAST=INTERPRETED, OVERLAP=OVERLAP, STAGES=launch.stages,
-        num_warps=launch.warps, **extra,
+        LEAST=least, num_warps=launch.warps, **extra,
     )  # fmt: skip
     # One pass over the segments that rows of one length have, up to 128, and at most 64 numbers of o in a thread: with
     # four warps or more instead of one, 16 rows take 1 to 2 µs longer.
@@ -409,7 +414,7 @@ def decode(
     warps = min(16, max(1, segments * width * padded(E) // (64 * 32)))
     merge_segments[(B, math.ceil(T * H / width))](
         o, highest, total, lengths, out, B, M, n_programs, T * H,
-        RAGGED=ragged, GRAIN=grain, PAUSE=pause, E=E, E_PADDED=padded(E), U=U, N=launch.tile,
+        RAGGED=ragged, GRAIN=grain, PAUSE=pause, E=E, E_PADDED=padded(E), U=U, LEAST=least,
         SEGMENTS=segments, COLUMNS=width, ROWS=ROWS, OVERLAP=OVERLAP,
         num_warps=warps, **extra,
     )  # fmt: skip
