@@ -404,9 +404,9 @@ def test_lightnings_name_of_the_sharded_strategy(strategy: str) -> None:
 
 def test_a_rank_that_is_killed_ends_the_others_with_one_sentence(home: Path, one: str) -> None:
     """And the same command goes on, to the same figures."""
-    said = home / "said" / "killed"
+    said = home / "said" / "rank-killed"
     often = ["--checkpoints.every_tokens", "512"]
-    arguments = ["fit", *TINY, *EXACT, *often, "--trainer.accelerator", "cpu", "--run", "killed"]
+    arguments = ["fit", *TINY, *EXACT, *often, "--trainer.accelerator", "cpu", "--run", "rank-killed"]
     preparation = partial(stop_after, 5, signal.SIGKILL)
     began = time.monotonic()
     assert ranks.finish(ranks.start(2, said, *arguments, preparation=preparation)) == [1, -signal.SIGKILL]
@@ -418,9 +418,9 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_sentence(home: Path, one
     )
     assert "with the same command" in errors
     assert "Traceback" not in errors
-    assert RunFolder("killed").record["status"] == "failed"
-    ranks.fit(2, "killed", *EXACT, *often)
-    assert_close(home, "killed", one, 1e-12)
+    assert RunFolder("rank-killed").record["status"] == "failed"
+    ranks.fit(2, "rank-killed", *EXACT, *often)
+    assert_close(home, "rank-killed", one, 1e-12)
 
 
 def test_what_strategies_refuse(
