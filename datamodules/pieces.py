@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from datamodules.documents import Damage, Document, Source, hash64, is_unicode
 from datamodules.errors import BadData, first_line
 from datamodules.home import t6_home, write_atomically
 from datamodules.json_rows import reach
-from datamodules.stores import LOCAL, Store, StoredFile, count_damage
+from datamodules.stores import LOCAL, Store, StoredFile, count_damage, counting
 from datamodules.token_cache import PieceCache, Shard
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class Pieces:
     def _tell(self, damage: Damage) -> None:
         """Count damage, also where it is known from the cache; once each."""
         for (kind, place), times in damage.items():
-            with _telling:
+            with counting:
                 new = (kind, place) not in self.told
                 self.told[kind, place] = times
             if new:
@@ -306,9 +305,6 @@ class Pieces:
         self._groups[file] = groups
         note = {"pieces": groups, "damage": [[*what, times] for what, times in damage.items()]}
         write_atomically(self._kept("counts", file), json.dumps(note) + "\n")
-
-
-_telling = threading.Lock()
 
 
 class _End(Exception):

@@ -40,18 +40,30 @@ background = threading.local()
 """`background.stop`: an Event of the present thread that ends its waiting for a hub that is away."""
 
 
+counting = threading.Lock()
+"""Held while what was met is looked up and counted: several threads read at once."""
+# A process must not be forked while another thread holds it: it would have no one to let go.
+os.register_at_fork(
+    before=counting.acquire, after_in_parent=counting.release, after_in_child=counting.release
+)
+
+
 def count_fault(kind: str, where: str) -> None:
     """Count a passing fault; the first of each kind is logged."""
-    if kind not in faults:
+    with counting:
+        new = kind not in faults
+        faults[kind] += 1
+    if new:
         _tell(kind, where)
-    faults[kind] += 1
 
 
 def count_damage(kind: str, place: str, times: int) -> None:
     """Count what is left out of stored data; the first of each kind is logged."""
-    if all(kind != known for known, _ in damage.copy()):
+    with counting:
+        new = all(kind != known for known, _ in damage)
+        damage[kind, place] += times
+    if new:
         _tell(kind, place)
-    damage[kind, place] += times
 
 
 def _tell(kind: str, where: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import zstandard
@@ -353,3 +355,40 @@ def test_logging_stays_one_line_a_kind(hub, caplog):
     first(FineWebEdu(**COMMON), 10)
     assert stores.faults["the hub answers HTTP 503"] > 3
     assert len([record for record in caplog.records if "503" in record.getMessage()]) == 1
+
+
+def test_threads_that_meet_a_fault_at_once_count_each_and_log_one(caplog, monkeypatch):
+    # A thread is let go of between looking a kind up and counting it, as the interpreter may at any time.
+    monkeypatch.setattr(stores, "faults", _Slow())
+    monkeypatch.setattr(stores, "damage", _Slow())
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(16):
+            pool.submit(stores.count_fault, "the hub stalls", f"file {i}")
+            pool.submit(stores.count_damage, "a malformed row is left out", "file 0, piece 0", 1)
+    assert stores.faults == {"the hub stalls": 16}
+    assert stores.damage == {("a malformed row is left out", "file 0, piece 0"): 16}
+    for kind in ("the hub stalls", "a malformed row is left out"):
+        assert caplog.text.count(f": {kind} (") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_process_forked_while_a_fault_is_counted_can_count(monkeypatch):
+    monkeypatch.setattr(stores, "faults", _Slow())
+    with ThreadPoolExecutor(4) as pool:
+        counted = [pool.submit(stores.count_fault, "the hub stalls", "file") for _ in range(20)]
+        context = multiprocessing.get_context("fork")
+        for _ in range(4):
+            child = context.Process(target=stores.count_fault, args=("the hub stalls", "file"))
+            child.start()
+            child.join(timeout=20)
+            assert child.exitcode == 0
+        assert [each.result() for each in counted] == [None] * 20
+
+
+class _Slow(Counter):
+    """Hands the processor to another thread at every look."""
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        time.sleep(0.005)
+        return found
