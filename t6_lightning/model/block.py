@@ -34,8 +34,9 @@ class SwiGLU(nn.Module):
 
     def freeze(self) -> None:
         """Weights do not change until `thaw`: on a GPU their aligned copies are made once, if they need any."""
-        if self.gate.weight.is_cuda and len(self.gate.weight) % ALIGNMENT:
-            self._frozen = self._padded()
+        if self.gate.weight.is_cuda and self._missing:
+            gate, up = (F.pad(layer.weight, (0, 0, 0, self._missing)) for layer in (self.gate, self.up))
+            self._frozen = gate, up, F.pad(self.down.weight, (0, self._missing))
 
     def thaw(self) -> None:
         self._frozen = None
@@ -51,18 +52,16 @@ class SwiGLU(nn.Module):
         hidden = linear(x_BTC, up, gate_NK=gate, norm_eps=NORM_EPS, backend=backend)
         return linear(hidden, down, residual=x_BTC, backend=backend)
 
-    def _padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The weights with zeros as further hidden features, which add nothing."""
-        missing = -len(self.gate.weight) % ALIGNMENT
-        gate, up = (F.pad(layer.weight, (0, 0, 0, missing)) for layer in (self.gate, self.up))
-        return gate, up, F.pad(self.down.weight, (0, missing))
+    @property
+    def _missing(self) -> int:
+        """Hidden features to a whole ALIGNMENT: with weights of zero they add nothing."""
+        return -len(self.gate.weight) % ALIGNMENT
 
     def _aligned(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """`forward` with padded weights, and one product for gate and up."""
         weights = self.gate.weight, self.up.weight
-        missing = -len(weights[0]) % ALIGNMENT
-        gate_up = stacked_linear(x_BTC, weights, [len(weight) + missing for weight in weights])
-        return F.linear(swiglu(gate_up), F.pad(self.down.weight, (0, missing)))
+        gate_up = stacked_linear(x_BTC, weights, [len(weight) + self._missing for weight in weights])
+        return F.linear(swiglu(gate_up), F.pad(self.down.weight, (0, self._missing)))
 
 
 def dropout(probability: float) -> nn.Module:
