@@ -55,7 +55,7 @@ def test_every_result_that_is_judged_comes_from_a_part():
     assert set(targets.SOURCES) <= set(named)
     for name in targets.SOURCES:
         assert named[name][-2:] == ["--json", f"F/{name}.json.new"]
-    assert any(word.endswith("test_kernels_gpu.py") for word in named["checks"])
+    assert any(word.endswith("test_kernels_gpu_decode.py") for word in named["checks"])
     assert suite.parts(Path("F"), Path("R"))["decode"][-2:] == ["--reference", "R"]
 
 
