@@ -8,9 +8,16 @@ P features of b, C features of the further factor c, with D = P C where there is
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false
 
+import os
+
 import triton
 import triton.language as tl
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Programmatic dependent launch: each kernel starts while the one before it drains.
+OVERLAP = not INTERPRETED
+# Rows whose lengths a warp reads at once: the batch itself is never a constant.
+ROWS = 32
 # A finite stand-in for -inf: the running maximum of a column that has seen nothing. 2^(-inf - LOWEST) is 0.
 LOWEST = tl.constexpr(-1e30)
 

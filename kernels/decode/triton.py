@@ -25,7 +25,6 @@ segments of each row in their order, so that equal inputs give equal bits.
 # pyright: reportGeneralTypeIssues=false
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,16 +39,18 @@ from kernels.decode.launch import (
     choose_launch,
     columns,
     even_programs,
-    padded,
     padded_row,
     power_of_2,
     readable,
     strides,
 )
-from kernels.decode.merge import merge_segments
+from kernels.decode.merge import merge, merge_segments
 from kernels.decode.rows import Rows
 from kernels.decode.tiles import (
+    INTERPRETED,
     LOWEST,
+    OVERLAP,
+    ROWS,
     along_heads,
     along_tokens,
     ceil_div,
@@ -67,11 +68,6 @@ from kernels.decode.tiles import (
     turning,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# Programmatic dependent launch: each kernel starts while the one before it drains.
-OVERLAP = not INTERPRETED
-# Rows whose lengths a warp reads at once: the batch itself is never a constant.
-ROWS = 32
 # Tokens of the smallest share of the work, so that programs differ by no more than that.
 GRAIN = 16
 # Tokens that are worth a program: of 128 in a tile, half. 16 rows of 1,024 tokens take 9.5 µs instead of 10.2 (H100).
@@ -322,7 +318,8 @@ def _attend(
         row += 1
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of the interpreter, programs that stand in for them."""
     if device.type == "cpu":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -367,7 +364,7 @@ def decode(
     if rows.turned:
         cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rows.tables)
         turn_row, turn_token = (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
-    n_programs = even_programs(launch.programs * _multiprocessors(device), B, queries * heads)
+    n_programs = even_programs(launch.programs * multiprocessors(device), B, queries * heads)
     groups = math.ceil(T / queries) * math.ceil(H / heads)
     n_segments = n_programs + B - 1
     o = torch.empty((n_segments, T, H, E), dtype=torch.float32, device=device)
@@ -407,17 +404,7 @@ def decode(
         HEADS_FIRST=launch.heads_first, ROWS=ROWS, UPCAST=INTERPRETED, OVERLAP=OVERLAP, STAGES=launch.stages,
         LEAST=least, num_warps=launch.warps, **extra,
     )  # fmt: skip
-    # One pass over the segments that rows of one length have, up to 128, and at most 64 numbers of o in a thread: with
-    # four warps or more instead of one, 16 rows take 1 to 2 µs longer.
-    segments = min(128, power_of_2(n_programs // B + (2 if n_programs % B else 0)))
-    width = max(1, 16 // segments)
-    warps = min(16, max(1, segments * width * padded(E) // (64 * 32)))
-    merge_segments[(B, math.ceil(T * H / width))](
-        o, highest, total, lengths, out, B, M, n_programs, T * H,
-        RAGGED=ragged, GRAIN=grain, PAUSE=pause, E=E, E_PADDED=padded(E), U=U, LEAST=least,
-        SEGMENTS=segments, COLUMNS=width, ROWS=ROWS, OVERLAP=OVERLAP,
-        num_warps=warps, **extra,
-    )  # fmt: skip
+    merge(o, highest, total, lengths_B, out, M, n_programs, U, grain, pause, least)
     return out
 
 
