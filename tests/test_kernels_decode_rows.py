@@ -83,6 +83,13 @@ def test_without_lengths_and_with_several_queries(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_that_lie_differently_in_memory(backend):
+    cos, sin = turn(8, 40)
+    check(cache(2, 1, 40, 5, 1, 1, (32,), (32,)), None, backend, (cos, torch.cat((sin, sin), -1)[:, :4]))
+    check(cache(2, 1, 40, 5, 1, 1, (32,), (32,)), None, backend, (cos.T.contiguous().T, sin))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("K", [(32,), (8, 4)], ids=str)
 def test_new_factors_of_a_shared_b_are_written_once(K, backend):
     """b_v is the memory of b_k, and the new token's b comes as K's alone."""

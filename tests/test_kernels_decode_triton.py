@@ -16,6 +16,8 @@ if not interpreter.IS_ON:
     pytest.skip(interpreter.WHY_OFF, allow_module_level=True)
 
 kernel = pytest.importorskip("kernels.decode.triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -118,6 +120,34 @@ def test_queries_that_are_not_contiguous():
     check(inputs)
 
 
+def test_lengths_that_are_not_contiguous():
+    inputs = cache(3, 2, 90, 5, 2, 1)
+    check(inputs, torch.tensor(41).expand(3))
+    check(inputs, torch.tensor([[40, 90], [50, 3], [60, 2]])[:, 0])
+
+
+@triton.jit(do_not_specialize=["n_rows", "capacity"])
+def note_share(shares, n_rows, capacity, GRAIN: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr):
+    begin, end, _, _, _ = kernel.share(shares, n_rows, capacity, False, GRAIN, 0, LEAST, ROWS)
+    tl.store(shares + 2 * tl.program_id(0), begin)
+    tl.store(shares + 2 * tl.program_id(0) + 1, end)
+
+
+@pytest.mark.parametrize("programs", [132, 264])
+def test_more_tokens_than_32_bits_can_divide(programs):
+    """Each program's share follows the one before it, and together they are all there is."""
+    n_rows, tokens = 32, 2**24
+    shares = torch.full((programs, 2), -1, dtype=torch.int32)
+    note_share[(programs,)](shares, n_rows, tokens, GRAIN=16, LEAST=64, ROWS=kernel.ROWS)
+    grains = n_rows * tokens // 16
+    assert grains * programs > 2**31
+    assert shares[0, 0] == 0
+    assert shares[-1, 1] == grains
+    assert torch.equal(shares[1:, 0], shares[:-1, 1])
+    sizes = shares[:, 1] - shares[:, 0]
+    assert sizes.max() - sizes.min() <= 1
+
+
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_non_contextual_factors_are_expanded_parameters(side):
     """Stride 0 over rows and tokens."""
@@ -161,8 +191,9 @@ def test_pages(backend):
         paged[name] = torch.randn(7, N, *x.shape[2:]).to(x.dtype)
         paged[name][pages] = x.unflatten(1, (n, N))
     lengths = torch.tensor([150, 64])
-    got = decode(**paged, scale=0.3, lengths=lengths, pages=pages, backend=backend)
-    assert_close(got, truth(inputs, lengths), torch.float16)
+    for table in (pages, pages.T.contiguous().T):
+        got = decode(**paged, scale=0.3, lengths=lengths, pages=table, backend=backend)
+        assert_close(got, truth(inputs, lengths), torch.float16)
 
 
 @pytest.mark.parametrize(

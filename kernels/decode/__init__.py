@@ -68,7 +68,8 @@ def decode(
     backend   "auto", "triton", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
-    A factor may be any view whose last dimension is contiguous: a non-contextual one is expanded over tokens.
+    A factor may be any view whose last dimension is contiguous: a non-contextual one is expanded over tokens. Up to 16
+    bytes behind its heads may be read where its strides leave that room: what lies there must be finite too.
     "triton" reads the cache once, makes what `c_k`, `c_v` and `turn` say on the chip, needs no memory of the cache's
     size, and is compiled once for all batches and lengths; `lengths` stay on the device, so that a CUDA graph holds
     while they grow. Fastest where each rank's head factors start at multiples of 16 bytes (`kernels.decode.layout`).

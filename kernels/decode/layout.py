@@ -50,6 +50,8 @@ def record_width(H: int, D: int, E: int, S: int, U: int, element_size: int) -> i
 def views(records_BMW: torch.Tensor, H: int, D: int, E: int, S: int, U: int) -> Factors:
     """The factors as views of records (B, M, `record_width`); writing to them writes the records.
 
+    Make records of zeros: what pads them is read, and must be finite.
+
     Raises ValueError where the last dimension is not `record_width`.
     """
     size = records_BMW.element_size()

@@ -43,8 +43,10 @@ def merge_segments(
     row_grains = ceil_div(length_of(lengths_ptr, row, n_rows, capacity, RAGGED), GRAIN)
     n_working = tl.minimum(n_programs, ceil_div(n_grains, LEAST // GRAIN))
     # The program of a grain is the last one whose first grain is not past it; see `share`.
-    begin = row + ((row_begin + 1) * n_working - 1) // tl.maximum(n_grains, 1)
-    end = row + 1 + ((row_begin + row_grains) * n_working - 1) // tl.maximum(n_grains, 1)
+    # 64 bits: grains times programs may take them.
+    wide = n_working.to(tl.int64)
+    begin = row + (((row_begin + 1) * wide - 1) // tl.maximum(n_grains, 1)).to(tl.int32)
+    end = row + 1 + (((row_begin + row_grains) * wide - 1) // tl.maximum(n_grains, 1)).to(tl.int32)
     end = tl.where(row_grains > 0, end, begin)
     if OVERLAP:
         gdc_wait()

@@ -221,8 +221,11 @@ def share(
         n_grains += tl.sum(counted(grains, pause), 0)
     n_working = tl.maximum(tl.minimum(tl.num_programs(0), ceil_div(n_grains, LEAST // GRAIN)), 1)
     program = tl.program_id(0)
-    begin = program * n_grains // n_working
-    end = tl.minimum((program + 1) * n_grains // n_working, n_grains)
+    # program * n_grains // n_working, which 32 bits may not hold on the way.
+    each = n_grains // n_working
+    over = n_grains % n_working
+    begin = program * each + program * over // n_working
+    end = tl.minimum((program + 1) * each + (program + 1) * over // n_working, n_grains)
     row = tl.sum(((past <= begin) & (rows < n_rows)).to(tl.int32), 0)
     row_begin = tl.max(tl.where(past <= begin, past, 0), 0)
     last_begin = tl.max(tl.where(past <= end, past, 0), 0)

@@ -362,7 +362,9 @@ def decode(
     cos = sin = q_BTHD
     turn_row = turn_token = 0
     if rows.turned:
-        cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rows.tables)
+        cos, sin = rows.tables
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
         turn_row, turn_token = (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
     n_programs = even_programs(launch.programs * multiprocessors(device), B, queries * heads)
     groups = math.ceil(T / queries) * math.ceil(H / heads)
@@ -372,8 +374,10 @@ def decode(
     out = torch.empty((B, T, H, E), dtype=q_BTHD.dtype, device=device)
 
     ragged = lengths_B is not None
+    lengths_B = None if lengths_B is None else lengths_B.contiguous()
+    pages = None if pages is None else pages.contiguous()
     # A pointer that is not used must still be one.
-    lengths = lengths_B if ragged else q_BTHD
+    lengths = q_BTHD if lengths_B is None else lengths_B
     appended = [None if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in new or ()]
     appended += [None] * (6 - len(appended))
     appended = [appended[i] for i in (0, 1, 4, 2, 3, 5)]
