@@ -41,3 +41,13 @@ def test_more_kv_heads_than_the_triton_kernel_takes_are_refused_by_name():
     given = inputs(1, 9, 9, 16, 16, torch.float16)
     with pytest.raises(ValueError, match="'triton' cannot run here: it reads at most 8 KV heads"):
         decode_grouped(**given, scale=0.05, lengths=torch.tensor([M, 33]), backend="triton")
+
+
+@needs_interpreter
+def test_a_mask_alone_is_for_backends_that_read_masks():
+    given, mask = inputs(1, 4, 2, 16, 16, torch.float16), torch.rand(2, 1, 1, M) < 0.5
+    wide = {name: x.double() for name, x in given.items()}
+    truth = attention(**wide, scale=0.05, causal=False, mask=mask, backend="plain")
+    assert_close(decode_grouped(**given, scale=0.05, mask=mask), truth, torch.float16)
+    with pytest.raises(ValueError, match="'triton' cannot run here: it takes lengths, not a mask"):
+        decode_grouped(**given, scale=0.05, mask=mask, backend="triton")

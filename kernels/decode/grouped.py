@@ -35,7 +35,8 @@ def decode_grouped(
     v_BMGE    (B, M, G, E)
     lengths   integers (B,), cached tokens of each row with the T of the queries, as in `kernels.decode.decode`;
               None: all of the cache is visible
-    mask      bool (B, 1, T, M), what `lengths` mean, for backends that read masks; made here where it is missing
+    mask      bool (B, 1, T, M), what `lengths` mean, for backends that read masks; made here where it is missing.
+              Without lengths it is for those backends alone
     backend   "auto", "triton", "flash", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
@@ -49,7 +50,7 @@ def decode_grouped(
     cannot = {
         name: why
         for name, why in {
-            "triton": _why_not_triton(q_BTHD, k_BMGD, v_BMGE),
+            "triton": _why_not_triton(q_BTHD, k_BMGD, v_BMGE, mask if lengths is None else None),
             "flash": _why_not_flash(q_BTHD, k_BMGD, v_BMGE, lengths),
         }.items()
         if why
@@ -94,10 +95,10 @@ def _head_factors(q_BTHD: torch.Tensor, G: int) -> torch.Tensor:
     return made_GH
 
 
-def _why_not_triton(q_BTHD, k_BMGD, v_BMGE) -> str | None:
+def _why_not_triton(q_BTHD, k_BMGD, v_BMGE, mask) -> str | None:
     if k_BMGD.shape[2] > MOST_KV_HEADS:
         return f"it reads at most {MOST_KV_HEADS} KV heads"
-    return why_not_triton(q_BTHD, (q_BTHD, k_BMGD, q_BTHD, v_BMGE))
+    return why_not_triton(q_BTHD, (q_BTHD, k_BMGD, q_BTHD, v_BMGE), mask)
 
 
 def _flash(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
