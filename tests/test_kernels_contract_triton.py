@@ -68,6 +68,36 @@ def test_tables_of_each_row():
     )
 
 
+def transposed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return cos.T.contiguous().T, sin.T.contiguous().T
+
+
+def cosines_beside_sines(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat((cos, sin), -1)[:, : cos.shape[-1]], sin
+
+
+def as_complex_numbers(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = torch.stack((cos, sin), -1)
+    return pairs[..., 0], pairs[..., 1]
+
+
+@pytest.mark.parametrize("laid_out", [transposed, cosines_beside_sines, as_complex_numbers])
+def test_tables_of_any_strides(laid_out):
+    cos, sin = tables(5, 16)
+    turn = laid_out(cos.float(), sin.float())
+    parts = {name: x.float().requires_grad_() for name, x in factors(2, 5, 2, 3, 32).items()}
+    record = torch.randn(2, 5, RECORD, requires_grad=True)
+    found = {}
+    for backend in ("triton", "plain"):
+        one = contract(parts["a"], parts["b"], *turn, backend=backend)
+        all_of_it = torch.stack(contract_qkv(record, PARTS, turn, turn, backend=backend))
+        leaves = [*parts.values(), record]
+        gradients = torch.autograd.grad(one.square().sum() + all_of_it.square().sum(), leaves)
+        found[backend] = [one, all_of_it, *gradients]
+    for got, expected in zip(found["triton"], found["plain"], strict=True):
+        assert_close(got, expected.double(), torch.float32)
+
+
 def test_views_of_factors_and_of_the_gradient():
     parts = factors(2, 3, 2, 5, 32)
     shared = torch.randn(2, 5).expand(2, 3, 2, 5).requires_grad_()

@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.rope.tables import alike
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -278,10 +280,14 @@ def _shape(
     }
 
 
-def _table_strides(cos: torch.Tensor | None) -> tuple[int, int]:
-    if cos is None:
-        return 0, 0
-    return (cos.stride(0), cos.stride(1)) if cos.dim() == 3 else (0, cos.stride(0))
+def _tables_of(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, unused: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Tables as a kernel reads them, both by the strides of (row, token) that follow; `unused` where there are none."""
+    if cos is None or sin is None:
+        return unused, unused, 0, 0
+    cos, sin = alike(cos, sin)
+    return cos, sin, cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2)
 
 
 def _contiguous_last(x: torch.Tensor) -> torch.Tensor:
@@ -302,10 +308,11 @@ def forward(
     a, b = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD)
     out = torch.empty((B, T, H, D), dtype=a.dtype, device=a.device)
     heads, warps = launch or choose_launch(H, D, a.dtype, False)
+    cos_at, sin_at, *table_strides = _tables_of(cos, sin, a)
     if out.numel():
         _forward[(B * T,)](
-            a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin), out,
-            T, *a.stride()[:2], *b.stride()[:2], *_table_strides(cos),
+            a, b, cos_at, sin_at, out,
+            T, *a.stride()[:2], *b.stride()[:2], *table_strides,
             **_shape(a, b, cos, pairing, 16), HEADS=heads, num_warps=warps,
         )  # fmt: skip
     return out
@@ -327,11 +334,11 @@ def backward(
     D = b_BTRD.shape[-1]
     a, b, d_out = _contiguous_last(a_BTRH), _contiguous_last(b_BTRD), _contiguous_last(d_out_BTHD)
     heads, warps = launch or choose_launch(H, D, a.dtype, True)
+    cos_at, sin_at, *table_strides = _tables_of(cos, sin, a)
     if d_out.numel():
         _backward[(B * T,)](
-            d_out, a, b, a if cos is None else _contiguous_last(cos), a if sin is None else _contiguous_last(sin),
-            d_a, d_b,
-            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *_table_strides(cos), R * H, R * D,
+            d_out, a, b, cos_at, sin_at, d_a, d_b,
+            T, *d_out.stride()[:3], *a.stride()[:2], *b.stride()[:2], *table_strides, R * H, R * D,
             A_PAD=0, B_PAD=0, MOST_PAD=0, **_shape(a, b, cos, pairing, 8), HEADS=heads, num_warps=warps,
         )  # fmt: skip
     return d_a, d_b
@@ -371,11 +378,12 @@ def forward_qkv(
     record = _contiguous_last(record_BTN)
     q, k, v = (record.new_empty(B, T, part[3], part[4]) for part in parts)
     heads, warps = choose_launch(parts[0][3], max(part[4] for part in parts), record.dtype, False)
-    tables = [record if x is None else _contiguous_last(x) for x in (q_cos, q_sin, k_cos, k_sin)]
+    *q_tables, q_table_row, q_table_token = _tables_of(q_cos, q_sin, record)
+    *k_tables, k_table_row, k_table_token = _tables_of(k_cos, k_sin, record)
     if record.numel():
         _forward_qkv[(B * T, 3)](
-            record, *tables, q, k, v,
-            T, *_record_strides(record), *_table_strides(q_cos), *_table_strides(k_cos),
+            record, *q_tables, *k_tables, q, k, v,
+            T, *_record_strides(record), q_table_row, q_table_token, k_table_row, k_table_token,
             **_parts(parts, q_cos, k_cos, 16, ((0, 0),) * 3), INTERLEAVED=pairing == "interleaved",
             HEADS=heads, UPCAST=INTERPRETED, num_warps=warps,
         )  # fmt: skip
@@ -408,12 +416,13 @@ def backward_qkv(
 
     pads = [(unused(a, rank * heads), unused(b, rank * width)) for a, b, rank, heads, width in parts]
     heads, warps = choose_launch(parts[0][3], max(part[4] for part in parts), record.dtype, True)
-    tables = [record if x is None else _contiguous_last(x) for x in (q_cos, q_sin, k_cos, k_sin)]
+    *q_tables, q_table_row, q_table_token = _tables_of(q_cos, q_sin, record)
+    *k_tables, k_table_row, k_table_token = _tables_of(k_cos, k_sin, record)
     if record.numel():
         _backward_qkv[(B * T, 3)](
-            *gradients, record, *tables, d_record,
+            *gradients, record, *q_tables, *k_tables, d_record,
             T, *(stride for x in gradients for stride in x.stride()[:3]), *_record_strides(record),
-            *_table_strides(q_cos), *_table_strides(k_cos), N,
+            q_table_row, q_table_token, k_table_row, k_table_token, N,
             **_parts(parts, q_cos, k_cos, 8, pads), INTERLEAVED=pairing == "interleaved",
             HEADS=heads, UPCAST=INTERPRETED, num_warps=warps,
         )  # fmt: skip

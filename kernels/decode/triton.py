@@ -67,6 +67,7 @@ from kernels.decode.tiles import (
     times_heads,
     turning,
 )
+from kernels.rope.tables import alike
 
 # Tokens of the smallest share of the work, so that programs differ by no more than that.
 GRAIN = 16
@@ -362,9 +363,7 @@ def decode(
     cos = sin = q_BTHD
     turn_row = turn_token = 0
     if rows.turned:
-        cos, sin = rows.tables
-        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
+        cos, sin = alike(*rows.tables)
         turn_row, turn_token = (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
     n_programs = even_programs(launch.programs * multiprocessors(device), B, queries * heads)
     groups = math.ceil(T / queries) * math.ceil(H / heads)
