@@ -54,7 +54,7 @@ def cross_entropy_(
     losses_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
     columns = min(MOST_COLUMNS, triton.next_power_of_2(V))
     _cross_entropy[(N,)](
-        logits_NV, targets_N, losses_N, logits_NV.stride(0), ignore_index,
+        logits_NV, targets_N.contiguous(), losses_N, logits_NV.stride(0), ignore_index,
         V=V, GRADIENT=gradient, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
     return losses_N
