@@ -73,6 +73,14 @@ def test_rows_are_one_for_each_weight_and_enough(rows, x_BTK, weights):
         stacked_linear(x_BTK, [])
 
 
+@pytest.mark.parametrize("shape", [(3, 9), (3,), (3, 5, 1)], ids=str)
+def test_weights_take_what_x_has(shape, x_BTK, weights):
+    with pytest.raises(
+        ValueError, match=r"stacked_linear: x .*, weights .*; allowed: x \(..., K\), weights \(N, K\)"
+    ):
+        stacked_linear(x_BTK, [*weights, torch.randn(shape)])
+
+
 def test_what_needs_no_gradient_costs_no_product(monkeypatch):
     calls = []
     monkeypatch.setattr(stacked, "widens", lambda x: True)

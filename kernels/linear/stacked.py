@@ -45,6 +45,11 @@ def stacked_linear(
         raise ValueError(
             f"stacked_linear: weights of {lengths} rows in {rows}; allowed: as many for each, or more"
         )
+    if any(weight.dim() != 2 or weight.shape[1:] != x.shape[-1:] for weight in weights):
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+        raise ValueError(
+            f"stacked_linear: x {tuple(x.shape)}, weights {shapes}; allowed: x (..., K), weights (N, K)"
+        )
     dtype = product_dtype(x, weights[0])
     halves = dtype.itemsize == 2 and all(weight.dtype == torch.float32 for weight in weights)
     if not (halves and torch.is_grad_enabled() and widens(x)):
