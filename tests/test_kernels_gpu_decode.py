@@ -247,14 +247,20 @@ def test_append_and_decode_compile_without_a_copy_of_the_cache():
         pytest.param("triton", 24, 3, 74, 74, marks=needs_triton),
         pytest.param("triton", 23, 1, 288, 256, marks=needs_triton),
         pytest.param("triton", 23, 1, 576, 512, marks=needs_triton),
+        pytest.param("grouped", 16, 16, 64, 64, marks=needs_triton),
+        pytest.param("grouped", 24, 3, 74, 74, marks=needs_triton),
+        pytest.param("grouped", 32, 8, 128, 128, marks=needs_triton),
+        pytest.param("grouped", 23, 1, 288, 256, marks=needs_triton),
+        pytest.param("grouped", 19, 1, 444, 412, marks=needs_triton),
+        pytest.param("grouped", 23, 1, 576, 512, marks=needs_triton),
     ],
 )
 def test_grouped_decode(backend, H, G, D, E, T, dtype):
     M = 500
     wide = inputs(q_BTHD=(3, T, H, D), k_BMGD=(3, M, G, D), v_BMGE=(3, M, G, E))
-    if G == 1:
-        wide["v_BMGE"] = wide["k_BMGD"][..., :E]
     half = {name: x.to(dtype) for name, x in wide.items()}
+    if G == 1:  # in the same memory
+        half["v_BMGE"] = half["k_BMGD"][..., :E]
     lengths = torch.tensor([M, T, 77], device="cuda")
     got = decode_grouped(**half, scale=0.05, lengths=lengths, backend=backend)
     truth = attention(

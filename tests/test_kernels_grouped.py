@@ -12,7 +12,8 @@ from kernels.decode import visible
 from kernels.decode.grouped import decode_grouped
 from kernels.tolerances import assert_close
 
-BACKENDS = ["auto", "plain", "sdpa", pytest.param("triton", marks=needs_interpreter)]
+TRITON = [pytest.param(name, marks=needs_interpreter) for name in ("triton", "grouped")]
+BACKENDS = ["auto", "plain", "sdpa", *TRITON]
 M = 70
 
 
@@ -34,6 +35,37 @@ def test_grouped_decode(backend, T, H, G, D, E, dtype):
     wide = {name: x.double() for name, x in given.items()}
     truth = attention(**wide, scale=0.05, causal=False, mask=visible(lengths, T, M), backend="plain")
     assert_close(got, truth, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("T", "H", "D", "E"), [(1, 23, 80, 64), (3, 5, 52, 44), (16, 3, 20, 16), (1, 40, 48, 48)]
+)
+def test_values_that_are_the_first_features_of_the_keys(backend, T, H, D, E):
+    """As MLA's latent; in memory that holds more tokens and more features."""
+    torch.manual_seed(0)
+    cache = torch.randn(3, M + 9, 1, D + 8).bfloat16()
+    q, k = torch.randn(3, T, H, D).bfloat16(), cache[:, :M, :, :D]
+    lengths = torch.tensor([M, 0, 37])
+    cache[:, M:], cache[..., D:] = torch.nan, torch.nan
+    got = decode_grouped(q, k, k[..., :E], scale=0.1, lengths=lengths, backend=backend)
+    truth = attention(
+        *(x.double() for x in (q, k, k[..., :E])),
+        scale=0.1,
+        causal=False,
+        mask=visible(lengths, T, M),
+        backend="plain",
+    )
+    assert_close(got, truth, torch.bfloat16)
+
+
+@needs_interpreter
+def test_grouped_kernel_without_lengths_over_rows_of_more_programs_than_one():
+    given = inputs(2, 12, 3, 74, 40, torch.float16)
+    truth = attention(
+        **{name: x.double() for name, x in given.items()}, scale=0.05, causal=False, backend="plain"
+    )
+    assert_close(decode_grouped(**given, scale=0.05, backend="grouped"), truth, torch.float16)
 
 
 @needs_interpreter

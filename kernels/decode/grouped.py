@@ -37,20 +37,23 @@ def decode_grouped(
               None: all of the cache is visible
     mask      bool (B, 1, T, M), what `lengths` mean, for backends that read masks; made here where it is missing.
               Without lengths it is for those backends alone
-    backend   "auto", "triton", "flash", "sdpa" or "plain"
+    backend   "auto", "triton", "grouped", "flash", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
     "triton" is the kernel of `kernels.decode.decode`: G KV heads are TPA of rank G whose head factors are ones and
-    zeros, times G (section 4); it takes heads of any width. "flash" is the kernel behind SDPA, asked to stop at
-    `lengths`, which SDPA cannot say. Both read the lengths on the device and nothing past them, so that a CUDA graph
-    holds while they grow.
+    zeros, times G (section 4); it takes heads of any width. "grouped" is a kernel of their own, which reads values that
+    are the first E features of the keys, as MLA's, once; "auto" leaves it out until it is timed. "flash" is the kernel
+    behind SDPA, asked to stop at `lengths`, which SDPA cannot say. These three read the lengths on the device and
+    nothing past them, so that a CUDA graph holds while they grow.
 
     Raises ValueError for a backend that is unknown or cannot run.
     """
+    alone = mask if lengths is None else None
     cannot = {
         name: why
         for name, why in {
-            "triton": _why_not_triton(q_BTHD, k_BMGD, v_BMGE, mask if lengths is None else None),
+            "triton": _why_not_triton(q_BTHD, k_BMGD, v_BMGE, alone),
+            "grouped": _why_not_grouped(q_BTHD, k_BMGD, v_BMGE, alone),
             "flash": _why_not_flash(q_BTHD, k_BMGD, v_BMGE, lengths),
         }.items()
         if why
@@ -62,7 +65,7 @@ def decode_grouped(
         # 16 heads of 64 over 16 rows of 32,768 tokens on an H100: 721 µs, where flash takes 880. With 2 and 1 KV
         # heads SDPA takes 490, flash 122 and 70, Triton (1 KV head) 75; MLA of 256 + 32: SDPA 2116, Triton 212.
         candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
-    candidates["plain"] = partial(_sdpa, backend="plain")
+    candidates |= {"plain": partial(_sdpa, backend="plain"), "grouped": _grouped}
     run = choose("decode_grouped", backend, candidates, cannot)
     return run(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths)
 
@@ -76,6 +79,13 @@ def _sdpa(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths, backend="sdpa") -> torch
 def _triton(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
     a_BMGH = _head_factors(q_BTHD, k_BMGD.shape[2]).expand(*k_BMGD.shape[:2], -1, -1)
     return decode(q_BTHD, a_BMGH, k_BMGD, a_BMGH, v_BMGE, scale=scale, lengths=lengths, backend="triton")
+
+
+def _grouped(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
+    # Imported here: the package is absent on most machines without a GPU.
+    from kernels.decode import grouped_triton
+
+    return grouped_triton.decode(q_BTHD, k_BMGD, v_BMGE, scale, lengths)
 
 
 _kept: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
@@ -101,6 +111,12 @@ def _why_not_triton(q_BTHD, k_BMGD, v_BMGE, mask) -> str | None:
     return why_not_triton(q_BTHD, (q_BTHD, k_BMGD, q_BTHD, v_BMGE), mask)
 
 
+def _why_not_grouped(q_BTHD, k_BMGD, v_BMGE, mask) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile does not follow it"
+    return why_not_triton(q_BTHD, (k_BMGD, k_BMGD, v_BMGE, v_BMGE), mask)
+
+
 def _flash(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
     B, T = q_BTHD.shape[:2]
     M = k_BMGD.shape[1]
@@ -117,7 +133,7 @@ def _flash(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
         T > 1,  # the queries are the last of `seqused_k` tokens
         False,
         scale=scale,
-        seqused_k=lengths.int(),
+        seqused_k=lengths.int().contiguous(),
     )[0]
     return o_NHE.unflatten(0, (B, T))
 
