@@ -75,6 +75,21 @@ def test_more_kv_heads_than_the_triton_kernel_takes_are_refused_by_name():
         decode_grouped(**given, scale=0.05, lengths=torch.tensor([M, 33]), backend="triton")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_is_refused(backend):
+    def refused(sentence: str, lengths: torch.Tensor | None = None, **changes: torch.Tensor) -> None:
+        given = inputs(1, 4, 2, 16, 16, torch.float32) | changes
+        with pytest.raises(ValueError, match=f"decode_grouped: {sentence}"):
+            decode_grouped(**given, scale=0.05, lengths=lengths, backend=backend)
+
+    refused("lengths must be 0 to 70 here, are -4 to 99", torch.tensor([99, -4]))
+    refused(r"lengths must be int32 or int64 \(2,\), are torch.float32 \(2,\)", torch.tensor([9.0, 4.0]))
+    refused(r"lengths must be int32 or int64 \(2,\), are torch.int64 \(1,\)", torch.tensor([9]))
+    refused(r"q \(2, 1, 4\), k", q_BTHD=torch.randn(2, 1, 4))
+    refused(r"q \(2, 1, 3, 16\), k", q_BTHD=torch.randn(2, 1, 3, 16))
+    refused("k must be of a floating-point dtype, is torch.int64", k_BMGD=torch.ones(2, M, 2, 16).long())
+
+
 @needs_interpreter
 def test_a_mask_alone_is_for_backends_that_read_masks():
     given, mask = inputs(1, 4, 2, 16, 16, torch.float16), torch.rand(2, 1, 1, M) < 0.5

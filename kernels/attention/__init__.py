@@ -62,7 +62,7 @@ def attention(
     Inputs may be any views. Raises ValueError for shapes, dtypes or options that do not fit together, and for a backend
     that is unknown or cannot run.
     """
-    _check_shapes(q_BTHD, k_BMGD, v_BMGE)
+    check_shapes("attention", q_BTHD, k_BMGD, v_BMGE)
     B, T = q_BTHD.shape[:2]
     M = k_BMGD.shape[1]
     check_floats("attention", {"q": q_BTHD, "k": k_BMGD, "v": v_BMGE})
@@ -94,14 +94,15 @@ def attention(
     return run(q_BTHD, k_BMGD, v_BMGE, scale, causal, mask, dropout)
 
 
-def _check_shapes(q_BTHD: torch.Tensor, k_BMGD: torch.Tensor, v_BMGE: torch.Tensor) -> None:
+def check_shapes(op_name: str, q_BTHD: torch.Tensor, k_BMGD: torch.Tensor, v_BMGE: torch.Tensor) -> None:
+    """Raises ValueError where these are no queries, keys and values of heads that share them in groups."""
     if q_BTHD.dim() == k_BMGD.dim() == v_BMGE.dim() == 4:
         B, _, H, D = q_BTHD.shape
         M, G = k_BMGD.shape[1:3]
         if k_BMGD.shape == (B, M, G, D) and v_BMGE.shape[:3] == (B, M, G) and H > 0 < G and H % G == 0:
             return
     raise ValueError(
-        f"attention: q {tuple(q_BTHD.shape)}, k {tuple(k_BMGD.shape)}, v {tuple(v_BMGE.shape)} must be"
+        f"{op_name}: q {tuple(q_BTHD.shape)}, k {tuple(k_BMGD.shape)}, v {tuple(v_BMGE.shape)} must be"
         " (B, T, H, D), (B, M, G, D), (B, M, G, E) with H a multiple of G"
     )
 

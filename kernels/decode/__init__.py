@@ -137,15 +137,10 @@ def decode(
         check_tables("decode", *turn, (B, M, *b_k_BMSD.shape[2:]), pairing)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
         raise ValueError(f"decode: mask must be bool {(B, 1, T, M)}, is {mask.dtype} {tuple(mask.shape)}")
-    if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
-        raise ValueError(
-            f"decode: lengths must be int32 or int64 {(B,)}, are {lengths.dtype} {tuple(lengths.shape)}"
-        )
     if lengths is not None and mask is not None:
         raise ValueError("decode: lengths and mask both say what is visible: give one of them")
-
-    _check_range("lengths", lengths, M + 1)
-    _check_range("pages", pages, rows[0])
+    check_lengths("decode", lengths, B, M)
+    _check_range("decode: pages", pages, rows[0])
 
     factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
     if new is not None:
@@ -181,13 +176,22 @@ def visible(lengths_B: torch.Tensor, T: int, M: int) -> torch.Tensor:
     return torch.arange(M, device=lengths_B.device) < past_B11T.unsqueeze(-1)
 
 
+def check_lengths(op_name: str, lengths: torch.Tensor | None, B: int, M: int) -> None:
+    """Raises ValueError for lengths that are no integers (B,) and, where they are at hand, not 0 to M."""
+    if lengths is not None and (lengths.shape != (B,) or not _integers(lengths)):
+        raise ValueError(
+            f"{op_name}: lengths must be int32 or int64 {(B,)}, are {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    _check_range(f"{op_name}: lengths", lengths, M + 1)
+
+
 def _check_range(name: str, integers: torch.Tensor | None, end: int) -> None:
     """Raises ValueError where a value that is at hand is not one of 0 to `end` - 1."""
     if integers is None or not integers.numel() or not values_are_at_hand(integers):
         return
     low, high = int(integers.min()), int(integers.max())
     if low < 0 or high >= end:
-        raise ValueError(f"decode: {name} must be 0 to {end - 1} here, are {low} to {high}")
+        raise ValueError(f"{name} must be 0 to {end - 1} here, are {low} to {high}")
 
 
 def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:

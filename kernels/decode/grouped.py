@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
-from kernels.attention import attention
-from kernels.decode import MOST_QUERIES, decode, visible, why_not_triton
-from kernels.dispatch import choose
+from kernels.attention import attention, check_shapes
+from kernels.decode import MOST_QUERIES, check_lengths, decode, visible, why_not_triton
+from kernels.dispatch import check_floats, choose
 
 # The widest head of torch's flash kernel.
 WIDEST_FLASH = 256
@@ -46,8 +46,12 @@ def decode_grouped(
     behind SDPA, asked to stop at `lengths`, which SDPA cannot say. These three read the lengths on the device and
     nothing past them, so that a CUDA graph holds while they grow.
 
-    Raises ValueError for a backend that is unknown or cannot run.
+    Raises ValueError for shapes and dtypes that do not fit together, for a backend that is unknown or cannot run and,
+    on a CPU, for lengths that are not 0 to M.
     """
+    check_shapes("decode_grouped", q_BTHD, k_BMGD, v_BMGE)
+    check_floats("decode_grouped", {"q": q_BTHD, "k": k_BMGD, "v": v_BMGE})
+    check_lengths("decode_grouped", lengths, q_BTHD.shape[0], k_BMGD.shape[1])
     alone = mask if lengths is None else None
     cannot = {
         name: why
