@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fit, run
+from tokenizers import Tokenizer as HuggingFace
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from datamodules.tokenizer import Tokenizer
 from t6_lightning import checkpoint_files
 from t6_lightning.__main__ import main
+from t6_lightning.commands.generate import pieces
 from t6_lightning.runs import RunFolder
 
 
@@ -96,6 +100,37 @@ def test_generate_goes_on_from_the_prompt_and_follows_its_seed(
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("def é")
     assert texts[0] == texts[1] != texts[2]
+    # A byte of the command line that is no UTF-8 reads as "?".
+    assert main(["generate", "--ckpt_path", str(trained), "--prompt", "\udcffabc", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("?abc")
+    assert len(text) > len("?abc\n")
+
+
+def test_generate_goes_on_from_a_prompt_that_its_tokenizer_changes() -> None:
+    loaded = HuggingFace(models.WordPiece({"[UNK]": 0, "hello": 1, "world": 2}, unk_token="[UNK]"))
+    loaded.normalizer = normalizers.Lowercase()
+    loaded.pre_tokenizer = pre_tokenizers.Whitespace()
+    loaded.decoder = decoders.WordPiece()
+    tokenizer = Tokenizer(loaded.to_str())
+    ids = tokenizer.encode("  Hello").tolist()
+    assert list(pieces(tokenizer, ids, [2, 1, tokenizer.eot, 2])) == ["hello", " world", " hello", ""]
+
+
+def test_generate_shows_characters_when_they_are_whole_and_at_the_end_those_that_are_not() -> None:
+    tokenizer = Tokenizer("bytes")
+    shown = list(pieces(tokenizer, [*b"a"], [*"€b".encode(), 0xFF, *b"c", 0xE2, 0x82]))
+    assert shown == ["a", "€", "b", "\ufffdc", "\ufffd"]
+    assert list(pieces(tokenizer, [], [0xE2, tokenizer.eot])) == ["", "\ufffd"]
+
+
+def test_generate_goes_on_where_bytes_turn_an_earlier_character_invalid() -> None:
+    """Byte fallback reads a run of bytes as a whole: one that is no UTF-8 takes the others with it."""
+    vocabulary = {"<unk>": 0, "<0xC3>": 1, "<0xA9>": 2, "<0xFF>": 3, "a": 4, "b": 5}
+    loaded = HuggingFace(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    loaded.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    shown = list(pieces(Tokenizer(loaded.to_str()), [4], [1, 2, 3, 5, 4]))
+    assert shown == ["a", "é", "\ufffd\ufffdb", "a", ""]
 
 
 def test_evaluate_agrees_with_the_validation_of_the_same_text(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from datamodules.tokenizer import Tokenizer
 from t6_lightning.commands.parser import Parser
 from t6_lightning.errors import require
 from t6_lightning.load import load_model
@@ -14,7 +16,7 @@ from t6_lightning.runs import resolve_checkpoint
 
 
 def main(arguments: list[str]) -> int:
-    """Write the prompt and what follows to standard output, as it comes."""
+    """Write the prompt, as the tokenizer reads it, and what follows to standard output, as it comes."""
     parser = Parser("generate", __doc__ or "")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or `last`")
     parser.add_argument("--run", help="run that `last` refers to (default: the newest)")
@@ -39,19 +41,27 @@ def main(arguments: list[str]) -> int:
         top_k=options.top_k,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
-    shown = options.prompt
-    sys.stdout.write(shown)
-    written: list[int] = ids[1:]
-    for token_B in tokens:
-        token = int(token_B[0])
-        if token == tokenizer.eot:
-            break
-        written.append(token)
-        text = tokenizer.decode(written)
-        # A character may take several tokens: show it when it is whole.
-        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+    for text in pieces(tokenizer, ids[1:], (int(token_B[0]) for token_B in tokens)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def pieces(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the prompt's ids, then what each further token adds to it, up to the separator."""
+    # Of its ids, not as given: a tokenizer may lower-case, drop blanks or replace what it does not know.
+    ids, text = list(prompt), tokenizer.decode(prompt)
+    yield text
+    n_shown = len(text)
+    for token in tokens:
+        if token == tokenizer.eot:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character may take several tokens: show it when it is whole.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[n_shown:]
+            n_shown = len(text)
+    # One that never became whole.
+    yield text[n_shown:]
