@@ -103,6 +103,14 @@ def test_sampling_keeps_to_the_top_k_and_follows_its_seed() -> None:
     assert torch.equal(drawn, sample(logits, 1.0, 2, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 1e-300])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float, top_k: int | None) -> None:
+    logits = 40 * torch.randn(50, 257, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, temperature, top_k, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
 def test_config_survives_the_round_trip_through_plain_types(config: T6Config) -> None:
     assert T6Config.from_dict(config.to_dict()) == config
 

@@ -24,7 +24,10 @@ def sample(
     """One token (B,) per row: the likeliest at temperature 0, else drawn from the (top-k) softmax."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
+    logits_BV = logits_BV.float()
+    # The largest becomes 0, so that no temperature makes it infinite; one below what float32 holds would be 0 itself.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         kept = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values
         logits_BV = logits_BV.masked_fill(logits_BV < kept[:, -1:], -torch.inf)
