@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -131,6 +132,28 @@ def test_zeros_are_not_measured(tmp_path, capsys):
     (tmp_path / "cache.json").write_text('[{"padding_bytes": 0, "logical_bytes": 0, "predicted_bytes": 0}]')
     assert targets.main([str(tmp_path)]) == 0
     assert "declared padding of the cache | ≤ 5.0 % | not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [None, "29.1", [1], math.nan, 10**400], ids=lambda value: str(value)[:5])
+def test_what_is_no_number_is_not_measured(value):
+    """`bench train` on a CPU writes null for the peak memory."""
+    results = recorded()
+    results["train"]["models"][0]["peak_memory_bytes"] = value
+    results["train"]["models"][0]["tokens_per_second"] = value
+    results["decode"]["recompilations"] = value
+    for row in results["decode"]["rows"]:
+        row["share_of_copy_bandwidth"] = row["median_s"] = value
+    found = lines(results)
+    for name in (
+        "training, medium T6",
+        "– peak memory, the public code's MHA",
+        "kernels compiled again",
+        "the same, head_dim 128",
+        "one row, 4,096 tokens",
+        "SDPA with 8 KV heads, rank 1",
+    ):
+        assert found[name][1] == "not measured"
+    assert found["generation, medium T6: share of the floor"][2] == "reached"
 
 
 def test_a_folder_that_cannot_be_made_and_an_interrupt_are_one_sentence(tmp_path, capsys, monkeypatch):

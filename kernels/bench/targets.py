@@ -4,6 +4,7 @@ python -m kernels.bench.targets FOLDER
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,10 +36,10 @@ class Target:
     at_most: bool = False
 
     def reached(self, results: Results) -> list[float]:
-        """The figures of this target. Empty where its results are missing, or hold no more than zeros."""
+        """The figures of this target. Empty where its results are missing, hold no more than zeros, or no numbers."""
         try:
-            return [value for value in self.measure(results) if value is not None]
-        except (KeyError, StopIteration, ZeroDivisionError):
+            return [value for value in self.measure(results) if _is_number(value)]
+        except (KeyError, StopIteration, TypeError, ArithmeticError):
             return []
 
     def line(self, results: Results) -> str:
@@ -69,6 +70,10 @@ class Target:
         if self.unit == "×":
             return f"{value:.{2 + more}f}×"
         return f"{value:,.{1 + more}f} {self.unit}".replace(".0 ", " ").strip()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _rows(results: Results, **like: Any) -> list[Row]:
