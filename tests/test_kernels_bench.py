@@ -89,6 +89,18 @@ def test_the_papers_sizes(capsys, monkeypatch):
     ]
 
 
+def test_the_papers_sizes_without_memory_are_one_sentence(capsys, monkeypatch):
+    one = {"batch": 1, "context": 3, "d_model": 8, "vocabulary": 65}
+    monkeypatch.setitem(cases.PAPER_SIZES, "loss", [one, {**one, "context": 10**14}])
+    with pytest.raises(SystemExit) as left:
+        main(["loss", "--paper", *QUICK])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m kernels.bench: --paper (--batch 1 --context 100000000000000 --d-model 8 --vocabulary 65):"
+        " there is no memory for these sizes here\n"
+    )
+
+
 def test_as_a_command_with_json_in_a_file(tmp_path):
     file = tmp_path / "decode.json"
     done = subprocess.run(

@@ -125,8 +125,9 @@ def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.N
     except memory.ERRORS as error:
         if not memory.no_room(error):
             raise
-        said = (f"--{name.replace('_', '-')} {size}" for name, size in given.items() if size)
-        raise ValueError(f"{' '.join(said) or operation}: there is no memory for these sizes here") from error
+        sizes = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in given.items() if size)
+        said = f"--paper ({sizes})" if getattr(arguments, "paper", False) else sizes or operation
+        raise ValueError(f"{said}: there is no memory for these sizes here") from error
     return result, report.table(result)
 
 
@@ -134,13 +135,12 @@ def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace)
     """One operation at the paper's sizes. Raises ValueError, in one sentence, for what cannot run."""
     if sizes:
         raise ValueError(f"--paper has its own sizes: leave out --{sizes[0].replace('_', '-')}")
-    from kernels.bench import cases, report
+    from kernels.bench.cases import PAPER_SIZES
 
-    results = []
-    for plan in cases.paper_plans(operation, device=arguments.device, dtype=arguments.dtype):
-        results.append(report.run(plan, seconds=arguments.seconds))
-        del plan
-    return {"operation": operation, "cases": results}, "\n\n".join(map(report.table, results))
+    # One after the other, so that the inputs of one are in memory.
+    found = [one_plan(operation, given, arguments) for given in PAPER_SIZES[operation]]
+    tables = "\n\n".join(table for _, table in found)
+    return {"operation": operation, "cases": [result for result, _ in found]}, tables
 
 
 def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> tuple[dict, str]:

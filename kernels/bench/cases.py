@@ -4,7 +4,7 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 V vocabulary, N tokens flattened.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ GPU_SIZES: dict[str, Sizes] = {
 MOST_PLAIN_WEIGHT_BYTES = 6 * 2**30
 PAPER_HEADS = {768: 34, 1024: 47, 1280: 61, 1600: 78}  # by d_model
 FFN_WIDTHS = {768: 2048, 1024: 2752, 1280: 3456, 1600: 4288}  # 8/3 of d_model, rounded up to 64
+# Of the paper's models with TPA (table 9), 16,384 tokens; linear: 16 rows.
 PAPER_SIZES: dict[str, list[dict[str, int | None]]] = {
     "contract": [
         {"batch": 16, "context": 1024, "heads": heads, "head_dim": 64, "rank": rank}
@@ -310,14 +311,6 @@ BUILDERS: dict[str, Callable[[Sizes, torch.dtype], list[Row]]] = {
     "swiglu": swiglu_rows,
     "loss": loss_rows,
 }
-
-
-def paper_plans(operation: str, *, device: str | None, dtype: str | None) -> Iterator[Plan]:
-    """The operation at the sizes of the paper's models with TPA (table 9) and 16,384 tokens.
-
-    One after the other, so that the inputs of one are in memory. Raises ValueError as `plan`.
-    """
-    return (plan(operation, sizes, device=device, dtype=dtype) for sizes in PAPER_SIZES[operation])
 
 
 def _both_modes(
