@@ -130,7 +130,12 @@ def test_as_a_command_with_json_in_a_file(tmp_path):
         (["loss", "--paper", "--d-model", "8"], "--paper has its own sizes: leave out --d-model"),
         (["decode", "--paper"], "unrecognized arguments: --paper"),
         (["decode", "--table"], "--table times the Triton kernel: it needs a CUDA device"),
-        (["decode", "--table", "--head-dim", "8"], "--table has its own sizes: leave out --head-dim"),
+        (
+            ["decode", "--table", "--head-dim", "8"],
+            "its own sizes, dtype and repetitions: leave out --head-dim",
+        ),
+        (["decode", "--table", "--dtype", "float16"], "dtype and repetitions: leave out --dtype"),
+        (["decode", "--table", "--seconds", "0"], "dtype and repetitions: leave out --seconds"),
         (["train"], "invalid choice: 'train'"),
         (
             ["decode", "--context", "1" + 14 * "0"],

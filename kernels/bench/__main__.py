@@ -12,6 +12,8 @@ EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over 
 'of copy' is the bytes the operation must at least move, per second, over the copy bandwidth measured in the
 same run."""
 
+SECONDS = 1  # a row, unless --seconds says otherwise
+
 # operation -> (what it compares, {size option: help}); the defaults stand in kernels/bench/cases.py.
 BATCH = {"batch": "sequences"}
 HEADS = {"heads": "attention heads", "head-dim": "features per head"}
@@ -97,7 +99,7 @@ def build_parser() -> Parser:
             help="default: float32 on a CPU, bfloat16 on a GPU",
         )
         sub.add_argument(
-            "--seconds", type=seconds, default=1.0, metavar="S", help="time to spend on each row (default 1)"
+            "--seconds", type=seconds, metavar="S", help=f"time to spend on each row (default {SECONDS})"
         )
         sub.add_argument(
             "--json",
@@ -121,7 +123,7 @@ def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.N
             dtype=arguments.dtype,
             reference=getattr(arguments, "reference", None),
         )
-        result = report.run(plan, seconds=arguments.seconds)
+        result = report.run(plan, seconds=SECONDS if arguments.seconds is None else arguments.seconds)
     except memory.ERRORS as error:
         if not memory.no_room(error):
             raise
@@ -143,19 +145,23 @@ def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace)
     return {"operation": operation, "cases": [result for result, _ in found]}, tables
 
 
-def decode_table(device: str | None, sizes: list[str], folder: Path | None) -> tuple[dict, str]:
+def decode_table(sizes: list[str], arguments: argparse.Namespace) -> tuple[dict, str]:
     """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
+    named = [*sizes, *(name for name in ("dtype", "seconds") if getattr(arguments, name) is not None)]
+    if named:
+        raise ValueError(
+            f"--table has its own sizes, dtype and repetitions: leave out --{named[0].replace('_', '-')}"
+        )
     import torch
 
     from kernels.place import TRITON_IS_INSTALLED
 
-    if sizes:
-        raise ValueError(f"--table has its own sizes: leave out --{sizes[0].replace('_', '-')}")
-    if device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
+    if arguments.device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
         raise ValueError("--table times the Triton kernel: it needs a CUDA device and the package triton")
     from kernels.bench import decode_table
     from kernels.bench.others import Reference
 
+    folder = arguments.reference
     result = decode_table.run(torch.device("cuda"), reference=Reference(folder) if folder else None)
     return result, decode_table.table(result)
 
@@ -174,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         named = [name for name, size in given.items() if size]
         if getattr(arguments, "table", False):
-            result, table = decode_table(arguments.device, named, arguments.reference)
+            result, table = decode_table(named, arguments)
         elif getattr(arguments, "paper", False):
             result, table = paper_sizes(arguments.operation, named, arguments)
         else:
