@@ -165,6 +165,15 @@ def test_help_does_not_import_torch():
     assert "--rank N" in done.stdout
 
 
+def test_help_says_what_the_command_does(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert "Times one operation of the kernels" in said
+    assert "torch" not in said
+
+
 def test_the_decode_table_covers_its_groups_and_renders():
     listed = decode_table.cases()
     assert len(set(listed)) == len(listed)

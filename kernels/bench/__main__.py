@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from kernels.bench import files
 
+DESCRIPTION = "Times one operation of the kernels beside other ways to compute it, on random numbers."
 EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over this row's: above 1 is faster.
 'of copy' is the bytes the operation must at least move, per second, over the copy bandwidth measured in the
 same run."""
@@ -68,7 +69,7 @@ def seconds(text: str) -> float:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m kernels.bench", description=__doc__)
+    parser = Parser(prog="python -m kernels.bench", description=DESCRIPTION)
     operations = parser.add_subparsers(dest="operation", required=True, metavar="|".join(OPERATIONS))
     for name, (what, sizes) in OPERATIONS.items():
         sub = operations.add_parser(name, help=what, description=f"Times {what}.", epilog=EPILOG)
