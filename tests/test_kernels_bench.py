@@ -345,7 +345,11 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_pa
 
 def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cases, "plan", lambda *_, **__: pytest.fail("something was timed"))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     for name, sentence in (
+        (str(loop), "it cannot be written (Too many levels of symbolic links)"),
+        (str(tmp_path / (300 * "x")), "it cannot be written (File name too long)"),
         (str(tmp_path), "it is a folder"),
         ("", "it names no file"),
         (str(tmp_path / "absent" / "x.json"), "there is no such folder"),
@@ -357,7 +361,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, caps
         error = capsys.readouterr().err
         assert f"--json {name!r}: {sentence}" in error
         assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [loop]
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
@@ -373,6 +377,28 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device"):
         files.write("/dev/full", "x")
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    assert files.why_not_writable(str(link)) is None
+    files.write(str(link), "x")
+    assert link.is_symlink()
+    assert file.read_text() == "x"
+
+
+def test_json_goes_through_a_pipe():
+    """The one behind /dev/stdout has no path of its own."""
+    done = subprocess.run(
+        [*(sys.executable, "-m", "kernels.bench", "linear"), *TINY["linear"], *QUICK, "--json", "/dev/stdout"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"operation": "linear"' in done.stdout
+    assert "median ms" in done.stdout
 
 
 def test_an_interrupted_run_says_so(capsys, monkeypatch, tmp_path):

@@ -4,19 +4,25 @@ import os
 from pathlib import Path
 
 
+def target(file: str) -> Path:
+    """What `file` leads to. A pipe or a terminal keeps its name: behind /dev/stdout lies one that no path leads to."""
+    path = Path(file)
+    return path if path.exists() and not path.is_file() else Path(os.path.realpath(path))
+
+
 def why_not_writable(file: str) -> str | None:
     """One sentence, or None where `file` can be written."""
     if not file:
         return "it names no file"
-    path = Path(file).resolve()
-    if path.is_dir():
-        return "it is a folder"
-    if not path.parent.is_dir():
-        return "there is no such folder"
-    if path.exists() and not path.is_file():  # a pipe or a terminal, which opening could block
-        return None
-    is_new = not path.exists()
     try:
+        path = target(file)
+        if path.is_dir():
+            return "it is a folder"
+        if not path.parent.is_dir():
+            return "there is no such folder"
+        if path.exists() and not path.is_file():  # opening a pipe or a terminal could block
+            return None
+        is_new = not path.exists()
         path.open("a").close()
     except OSError as error:
         return f"it cannot be written ({error.strerror})"
@@ -28,9 +34,9 @@ def why_not_writable(file: str) -> str | None:
 def write(file: str, content: str | bytes) -> None:
     """Write `content`; a file that was there stays until all of the new one is. Raises ValueError, in one sentence."""
     data = content.encode() if isinstance(content, str) else content
-    path = Path(file).resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path = target(file)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
         if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
             path.write_bytes(data)  # a pipe or a terminal, or nothing can lie beside it
             return
