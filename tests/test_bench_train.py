@@ -56,3 +56,15 @@ def test_bad_input_is_one_sentence(arguments, why, capsys):
     error = capsys.readouterr().err
     assert why in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["train", *SHORT], ["generate", "--device", "cpu"]], ids=lambda c: c[0])
+def test_two_results_do_not_go_into_one_file(command, tmp_path, capsys):
+    file, link = tmp_path / "p.txt", tmp_path / "link"
+    link.symlink_to(file)
+    said = ["bench", *command, "quickstart", "--profile", str(file), "--json", str(link)]
+    assert main(said) == 2
+    assert capsys.readouterr().err == (
+        f"error: --json='{link}' is not possible: --profile is written there; name another file\n"
+    )
+    assert not file.exists()

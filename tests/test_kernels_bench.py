@@ -391,7 +391,13 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
 def test_json_goes_through_a_pipe():
     """The one behind /dev/stdout has no path of its own."""
     done = subprocess.run(
-        [*(sys.executable, "-m", "kernels.bench", "linear"), *TINY["linear"], *QUICK, "--json", "/dev/stdout"],
+        [
+            *(sys.executable, "-m", "kernels.bench", "linear"),
+            *TINY["linear"],
+            *QUICK,
+            "--json",
+            "/dev/stdout",
+        ],
         capture_output=True,
         text=True,
         check=False,

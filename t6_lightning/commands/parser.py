@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kernels.bench import files
@@ -32,12 +33,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_files(options: argparse.Namespace, *names: str) -> None:
-    """Raises BadInput where a file cannot be written: better before the work than after it."""
+    """Raises BadInput where a file cannot be written, or two results go into one: better before the work than after."""
+    taken: dict[Path, str] = {}
     for name in names:
         file: str | None = getattr(options, name)
-        nothing = file is None or (name == "json" and file == "-")
-        why_not = None if file is None or nothing else files.why_not_writable(file)
+        if file is None or (name == "json" and file == "-"):
+            continue
+        why_not = files.why_not_writable(file)
         require(why_not is None, f"--{name}", file, why_not or "")
+        other = taken.setdefault(files.target(file), name)
+        require(other == name, f"--{name}", file, f"--{other} is written there; name another file")
 
 
 def show_json(value: Any, target: str) -> None:
