@@ -306,6 +306,23 @@ def test_a_picture_of_the_table(tmp_path: Path):
     (tmp_path / "some.json").write_text(json.dumps(table))
     assert plot([str(tmp_path / "some.json"), str(tmp_path / "some.svg")]) == 0
     assert (tmp_path / "some.svg").read_text().startswith("<?xml")
+    for kind, start in (("pdf", b"%PDF"), ("jpg", b"\xff\xd8"), ("webp", b"RIFF")):
+        assert plot([str(tmp_path / "some.json"), str(tmp_path / f"some.{kind}")]) == 0
+        assert (tmp_path / f"some.{kind}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("value", ["0.9", [1], math.nan, 10**400], ids=lambda value: str(value)[:5])
+@pytest.mark.parametrize("name", ["gqa8_s", "median_s", "tokens", "share_of_copy_bandwidth"])
+def test_a_picture_of_what_is_no_number_is_one_sentence(name, value, tmp_path: Path, capsys):
+    table = json.loads(RECORDED.read_text())
+    [place, *_] = [i for i, row in enumerate(table["rows"]) if row["gqa8_s"] is not None]
+    table["rows"][place][name] = value
+    (tmp_path / "x.json").write_text(json.dumps(table))
+    assert plot([str(tmp_path / "x.json"), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"x.json: rows[{place}].{name} must be a number, got {value!r}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +350,12 @@ def test_a_picture_of_something_else_is_one_sentence(content, sentence, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("x", "allowed endings: ."), ("x.json", "allowed endings: ."), ("no/x.png", "there is no such folder")],
+    [
+        ("x", "allowed endings: ."),
+        ("x.json", "allowed endings: ."),
+        ("x.pgf", "allowed endings: .jpg, .pdf, .png, .svg, .webp"),
+        ("no/x.png", "there is no such folder"),
+    ],
 )
 def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_path: Path, capsys):
     assert plot([str(RECORDED), str(tmp_path / name)]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.bench import files
+from kernels.bench.targets import is_number
 
 Rows = list[dict[str, Any]]
 
@@ -25,18 +26,13 @@ BASELINES = {
     "reference_s": ("the paper's kernel, 32 heads, rank 1", "tab:red"),
 }
 BASELINES_BESIDE = (32, 64, 1)
-OF_A_ROW = {
-    "heads",
-    "head_dim",
-    "rank",
-    "batch",
-    "tokens",
-    "queries",
-    "layout",
-    "lengths",
-    "pages",
-    "median_s",
-}
+# What matplotlib writes without another program; its pgf needs LaTeX.
+KINDS = ("jpg", "pdf", "png", "svg", "webp")
+NUMBERS = (
+    *("heads", "head_dim", "rank", "batch", "tokens", "queries", "pages"),
+    *("median_s", "share_of_copy_bandwidth"),
+)
+OF_A_ROW = {*NUMBERS, "layout", "lengths"}
 OF_A_TABLE = {"rows", "dtype", "device", "copy_bytes_per_second"}
 
 
@@ -71,9 +67,17 @@ def read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     rows = result["rows"] if isinstance(result, dict) and result.keys() >= OF_A_TABLE else None
-    needed = OF_A_ROW | {"share_of_copy_bandwidth"}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= needed for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and row.keys() >= OF_A_ROW for row in rows
+    ):
         raise ValueError(f"{file} holds no table of decode cases")
+    found = [("copy_bytes_per_second", result["copy_bytes_per_second"])]
+    for i, row in enumerate(rows):
+        measured = [name for name in BASELINES if row.get(name) is not None]
+        found += [(f"rows[{i}].{name}", row[name]) for name in (*NUMBERS, *measured)]
+    for name, value in found:
+        if not is_number(value):
+            raise ValueError(f"{file}: {name} must be a number, got {value!r}")
     if not any(points(rows, case) for case in CASES):
         wanted = "; ".join(", ".join(map(str, case)) for case in CASES)
         raise ValueError(f"{file} holds none of the cases that are drawn (heads, head_dim, rank: {wanted})")
@@ -119,13 +123,9 @@ def draw(result: dict[str, Any], kind: str) -> bytes:
 
 def kind_of(picture: str) -> str:
     """Which kind of file a name asks for. Raises ValueError, in one sentence, for what cannot be written."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kind, kinds = Path(picture).suffix.removeprefix("."), FigureCanvasBase.filetypes
-    if kind not in kinds:
-        raise ValueError(
-            f"{picture!r} is no name of a picture; allowed endings: .{', .'.join(sorted(kinds))}"
-        )
+    kind = Path(picture).suffix.removeprefix(".")
+    if kind not in KINDS:
+        raise ValueError(f"{picture!r} is no name of a picture; allowed endings: .{', .'.join(KINDS)}")
     why_not = files.why_not_writable(picture)
     if why_not:
         raise ValueError(f"{picture!r}: {why_not}")

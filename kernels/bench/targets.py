@@ -4,7 +4,6 @@ python -m kernels.bench.targets FOLDER
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Target:
     def reached(self, results: Results) -> list[float]:
         """The figures of this target. Empty where its results are missing, hold no more than zeros, or no numbers."""
         try:
-            return [value for value in self.measure(results) if _is_number(value)]
+            return [value for value in self.measure(results) if is_number(value)]
         except (KeyError, StopIteration, TypeError, ArithmeticError):
             return []
 
@@ -72,8 +71,9 @@ class Target:
         return f"{value:,.{1 + more}f} {self.unit}".replace(".0 ", " ").strip()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether a value of a result file is one to count with: not NaN either, nor past what a float holds."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _rows(results: Results, **like: Any) -> list[Row]:
