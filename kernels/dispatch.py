@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,19 @@ def check_floats(op_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 def values_are_at_hand(x: torch.Tensor) -> bool:
     """Whether a look at what `x` holds waits for no device and breaks no graph of torch.compile."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is torch.Tensor
+
+
+def why_no_derivative(*tensors: torch.Tensor) -> str | None:
+    """One sentence where a derivative is to go through one of them: of operators that have none."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "it has no backward pass"
+    return why_no_tangent(*tensors)
+
+
+def why_no_tangent(*tensors: torch.Tensor) -> str | None:
+    """One sentence where a derivative in forward mode goes through one of them: torch takes a missing one for zeros."""
+    dual = any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return "it has no forward-mode derivatives" if dual else None
 
 
 def product_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:

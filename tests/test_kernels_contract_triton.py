@@ -228,3 +228,34 @@ def test_what_cannot_run_is_refused_with_the_reason():
         contract(a, b, *torch.ones(2, 2, 16), backend="triton")
     with pytest.raises(ValueError, match="unknown pairing"):
         contract(a, b, *torch.ones(2, 3, 16), pairing="thirds", backend="triton")
+
+
+def of_one_record(record: torch.Tensor) -> torch.Tensor:
+    return qkv("triton", tables(record.shape[1], 16))(record)
+
+
+def of_two_factors(b: torch.Tensor) -> torch.Tensor:
+    return contract(torch.ones(2, 3, 2, 5), b, backend="triton")
+
+
+@pytest.mark.parametrize(("run", "width"), [(of_one_record, (RECORD,)), (of_two_factors, (2, 32))])
+def test_second_derivatives_are_refused(run, width):
+    x = torch.randn(2, 3, *width, requires_grad=True)
+    [once] = torch.autograd.grad(run(x).pow(3).sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"contract.*: by backend 'triton' gradients can be taken once"):
+        torch.autograd.grad(once.pow(2).sum(), [x])
+
+
+@pytest.mark.parametrize(("run", "width"), [(of_one_record, (RECORD,)), (of_two_factors, (2, 32))])
+def test_derivatives_in_forward_mode_are_refused(run, width):
+    x = torch.randn(2, 3, *width)
+    with pytest.raises(ValueError, match="'triton' cannot run here: it has no forward-mode derivatives"):
+        torch.func.jvp(run, (x,), (x,))
+
+
+def test_tables_that_want_a_gradient_are_refused():
+    b, table = torch.randn(2, 3, 2, 32), torch.ones(3, 16, requires_grad=True)
+    with pytest.raises(ValueError, match="it has no derivatives of cos and sin"):
+        contract(torch.ones(2, 3, 2, 5), b, table, table, backend="triton")
+    with pytest.raises(ValueError, match="it has no derivatives of cos and sin"):
+        contract_qkv(torch.randn(1, 3, RECORD), PARTS, None, (table, table), backend="triton")

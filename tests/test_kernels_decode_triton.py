@@ -7,6 +7,7 @@ U rank of V; P pages, N tokens of a page.
 import interpreter
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from kernels.decode import decode, layout, visible
 from kernels.decode.launch import Launch, even_programs
@@ -297,6 +298,9 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
 
     refused("it takes lengths, not a mask", mask=torch.ones(2, 1, 1, 9, dtype=torch.bool))
     refused("it has no backward pass", q_BTHD=inputs["q_BTHD"].clone().requires_grad_())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs["q_BTHD"], inputs["q_BTHD"])
+        refused("it has no forward-mode derivatives", q_BTHD=dual)
     refused("queries and factors must all be", q_BTHD=inputs["q_BTHD"].double())
     refused("the last dimension of every factor", b_k_BMSD=inputs["b_k_BMSD"].mT.contiguous().mT)
     refused("it takes at most 16 query tokens", **cache(2, 17, 9, 3, 1, 1))

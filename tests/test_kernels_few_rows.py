@@ -6,6 +6,7 @@ Shapes: B rows, K inputs, N outputs; T tokens, H heads, D head dimension, R rank
 import interpreter
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from kernels.factors import query_and_key
 from kernels.linear import linear
@@ -80,6 +81,8 @@ def test_what_linear_cannot_run_is_refused_with_the_reason():
     refused("it takes at most 32 rows", x=random(torch.float16, 33, 16))
     refused("everything must be float16", x=x.float())
     refused("it has no backward pass", weight=weight.clone().requires_grad_())
+    with forward_ad.dual_level():
+        refused("it has no forward-mode derivatives", x=forward_ad.make_dual(x, x))
     refused("weights must be contiguous", weight=random(torch.float16, 16, 8).T)
 
 

@@ -42,6 +42,16 @@ def test_views_are_read_as_they_lie():
     assert torch.allclose(*by_both)
 
 
+@needs_interpreter
+def test_derivatives_of_its_gradient_and_in_forward_mode_are_refused():
+    x = torch.randn(3, 8, requires_grad=True)
+    [once] = torch.autograd.grad(swiglu(x, backend="triton").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="swiglu: by backend 'triton' gradients can be taken once"):
+        torch.autograd.grad(once.sum(), x)
+    with pytest.raises(ValueError, match="it has no forward-mode derivatives"):
+        torch.func.jvp(partial(swiglu, backend="triton"), (x.detach(),), (x.detach(),))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"swiglu: gate_up is \(2, 3\); its last dimension must be even"):
         swiglu(torch.zeros(2, 3))

@@ -9,7 +9,8 @@ import torch
 
 from kernels.contract import plain
 from kernels.contract.plain import outer
-from kernels.dispatch import check_floats, choose, product_dtype
+from kernels.dispatch import check_floats, choose, product_dtype, why_no_derivative, why_no_tangent
+from kernels.operators import differentiate_once
 from kernels.place import why_no_triton_at
 from kernels.rope import check_tables
 
@@ -38,7 +39,8 @@ def contract(
     returns   (B, T, H, D), in autocast's dtype inside autocast
 
     Factors may be any views. "triton" reads the factors and writes the result once, in both directions; it saves
-    the factors alone for the backward pass, and is one operator to torch.compile.
+    the factors alone for the backward pass, and is one operator to torch.compile; its gradients can be taken once, not
+    differentiated again (RuntimeError), and not in forward mode.
 
     Raises ValueError for factors of different B, T or R or without a rank, for one table without the other, for tables
     that do not fit, and for a backend that is unknown or cannot run.
@@ -55,7 +57,7 @@ def contract(
         )
     if (cos is None) != (sin is None):
         raise ValueError("contract: give both cos and sin, or neither")
-    why_not = why_not_triton(a_BTRH, b_BTRD)
+    why_not = why_not_triton(a_BTRH, b_BTRD, cos, sin)
     run = choose(
         "contract", backend, _fastest_first(a_BTRH.device.type), {"triton": why_not} if why_not else None
     )
@@ -84,11 +86,13 @@ def tables_that_turn(
     return (cos, sin) if cos.shape[-1] else (None, None)
 
 
-def why_not_triton(a: torch.Tensor, b: torch.Tensor) -> str | None:
+def why_not_triton(a: torch.Tensor, b: torch.Tensor, *tables: torch.Tensor | None) -> str | None:
     """One sentence, or None where the Triton kernel runs."""
-    why = why_no_triton_at(a)
+    why = why_no_triton_at(a) or why_no_tangent(a, b)
     if why:
         return why
+    if why_no_derivative(*(table for table in tables if table is not None)):
+        return "it has no derivatives of cos and sin"
     if product_dtype(a, b) not in TRITON_DTYPES:
         return "it computes in float16, bfloat16 or float32"
     if b.shape[-1] % 2:
@@ -152,7 +156,7 @@ torch.library.register_fake(
     lambda d_out, a, b, *_: (a.new_empty(a.shape), b.new_empty(b.shape)),
     lib=_library,
 )
-torch.library.register_autograd("t6_lightning::contract", _differentiate, setup_context=_save, lib=_library)
+differentiate_once(_library, "contract", _save, _differentiate)
 
 
 __all__ = ["contract", "outer"]

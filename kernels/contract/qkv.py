@@ -10,6 +10,7 @@ import torch
 
 from kernels.contract import plain, tables_that_turn, why_not_triton
 from kernels.dispatch import check_floats, choose, product_dtype
+from kernels.operators import differentiate_once
 from kernels.rope import Tables
 
 
@@ -42,7 +43,7 @@ def contract_qkv(
     returns        three (B, T, H, D), in autocast's dtype inside autocast
 
     "triton" is one operator, whose gradient is one record: the compiler neither takes factors apart for three
-    operators nor puts three gradients together.
+    operators nor puts three gradients together. As with `contract`, it can be taken once.
 
     Raises ValueError for parts that are not three or do not fit, and for a backend that is unknown or cannot run.
     """
@@ -67,7 +68,8 @@ def contract_qkv(
             f"contract_qkv: parts take {stretches} of a record of {record_BTN.shape[-1]} numbers;"
             " they must lie inside it and not overlap"
         )
-    cannot = [why_not_triton(*factors(record_BTN, part)) for part in parts]
+    tables = (*(queries or ()), *(keys or ()))
+    cannot = [why_not_triton(*factors(record_BTN, part), *tables) for part in parts]
     why_not = next((why for why in cannot if why), None)
     candidates = {"triton": _triton, "plain": _plain}
     if record_BTN.device.type == "cpu":  # Triton's interpreter is for tests: by name only
@@ -162,6 +164,4 @@ torch.library.register_fake(
     lambda d_q, d_k, d_v, record, *_: record.new_empty(record.shape),
     lib=_library,
 )
-torch.library.register_autograd(
-    "t6_lightning::contract_qkv", _differentiate, setup_context=_save, lib=_library
-)
+differentiate_once(_library, "contract_qkv", _save, _differentiate)

@@ -11,7 +11,7 @@ import torch
 
 from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
-from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand
+from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand, why_no_derivative
 from kernels.place import why_no_triton_at
 from kernels.rope import Tables, check_tables
 
@@ -306,8 +306,6 @@ def why_not_triton(
     written = [] if new is None else [x for x in new if x is not None]
     if any(x.dtype != q_BTHD.dtype for x in (*factors, *written)) or q_BTHD.dtype not in TRITON_DTYPES:
         return "queries and factors must all be float16, all bfloat16 or all float32"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, *factors, *written)):
-        return "it has no backward pass"
     if T > MOST_QUERIES:
         return f"it takes at most {MOST_QUERIES} query tokens"
     if max(D, E) > WIDEST_HEAD and q_BTHD.dtype == torch.float32:
@@ -318,7 +316,7 @@ def why_not_triton(
         return "the last dimension of every factor must be contiguous"
     if pages is not None and factors[0].shape[1] % 64:
         return "the tokens of a page must be a multiple of 64"
-    return None
+    return why_no_derivative(q_BTHD, *factors, *written)
 
 
 def _fastest_first(T: int, device: str) -> dict[str, Callable[..., torch.Tensor]]:

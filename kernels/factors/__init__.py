@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, H heads, D head dimension, R rank of Q, S rank of K.
 import torch
 
 from kernels.decode import MOST_QUERIES, TRITON_DTYPES
-from kernels.dispatch import choose
+from kernels.dispatch import choose, why_no_derivative
 from kernels.factors import plain
 from kernels.place import why_no_triton_at
 from kernels.rope import Tables
@@ -70,6 +70,4 @@ def _why_not_triton(tensors: tuple[torch.Tensor, ...], tables: tuple[torch.Tenso
         return "all dimensions must turn, by float32 tables of each row"
     if any(x.stride(-1) != 1 for x in tensors) or any(not x.is_contiguous() for x in tables):
         return "tables must be contiguous, and the last dimension of the factors"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "it has no backward pass"
-    return None
+    return why_no_derivative(*tensors, *tables)

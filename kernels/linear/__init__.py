@@ -5,7 +5,7 @@ Shapes: K inputs, N outputs; leading dimensions of any number.
 
 import torch
 
-from kernels.dispatch import check_floats, choose, one_dtype
+from kernels.dispatch import check_floats, choose, one_dtype, why_no_derivative
 from kernels.linear import plain
 from kernels.place import why_no_triton_at
 
@@ -97,10 +97,8 @@ def _why_not_triton(
         return "everything must be float16, or everything bfloat16"
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         return "autocast chooses dtypes"
-    if torch.is_grad_enabled() and any(part.requires_grad for part in given):
-        return "it has no backward pass"
     if any(not part.is_contiguous() for part in (weight_NK, gate_NK) if part is not None):
         return "weights must be contiguous"
     if any(part.stride(-1) != 1 for part in (x, residual) if part is not None):
         return "the features of x and of the residual must lie side by side"
-    return None
+    return why_no_derivative(*given)

@@ -7,7 +7,8 @@ Shapes: F hidden size; leading dimensions of any number.
 
 import torch
 
-from kernels.dispatch import check_floats, choose
+from kernels.dispatch import check_floats, choose, why_no_tangent
+from kernels.operators import differentiate_once
 from kernels.place import why_no_triton_at
 from kernels.swiglu import plain
 
@@ -19,14 +20,15 @@ def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
 
     gate_up  (..., 2 F): gate, then up
     backend  "auto", "triton" or "plain"
-    returns  (..., F); by "triton" its gradient can be taken once, not differentiated again
+    returns  (..., F); by "triton" its gradient can be taken once, not differentiated again (RuntimeError), and not in
+             forward mode
 
     Raises ValueError for a last dimension that is not even, and for a backend that is unknown or cannot run.
     """
     check_floats("swiglu", {"gate_up": gate_up})
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension must be even")
-    why_not = why_no_triton_at(gate_up)
+    why_not = why_no_triton_at(gate_up) or why_no_tangent(gate_up)
     if why_not is None and gate_up.dtype not in TRITON_DTYPES:
         why_not = "it computes in float16, bfloat16 or float32"
     candidates = {"triton": torch.ops.t6_lightning.swiglu, "plain": plain.swiglu}
@@ -70,4 +72,4 @@ torch.library.register_fake(
 torch.library.register_fake(
     "t6_lightning::swiglu_backward", lambda d_y, x: x.new_empty(x.shape), lib=_library
 )
-torch.library.register_autograd("t6_lightning::swiglu", _differentiate, setup_context=_save, lib=_library)
+differentiate_once(_library, "swiglu", _save, _differentiate)
