@@ -102,6 +102,40 @@ def test_query_and_key(B, T, H, D, R, S, pairing, dtype):
 
 
 @pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"a_q_BTRH": torch.randn(2, 3, 4, 5)},
+            r"a_q \(2, 3, 4, 5\), b_q \(2, 3, 2, 8\), .*; allowed: \(B, T, R",
+        ),
+        ({"a_q_BTRH": torch.randn(3, 2, 5)}, r"a_q \(3, 2, 5\)"),
+        ({"b_q_BTRD": torch.randn(2, 4, 2, 8)}, r"b_q \(2, 4, 2, 8\)"),
+        ({"b_k_BTSD": torch.randn(1, 3, 2, 8)}, r"b_k \(1, 3, 2, 8\)"),
+        ({"b_k_BTSD": torch.randn(2, 3, 2, 6)}, r"b_k \(2, 3, 2, 6\)"),
+        ({"b_k_BTSD": torch.randn(2, 3, 0, 8)}, r"b_k \(2, 3, 0, 8\)"),
+        ({"b_k_BTSD": torch.ones(2, 3, 2, 8).int()}, "b_k must be of a floating-point dtype, is torch.int32"),
+        ({"pairing": "foo"}, "unknown pairing 'foo'; allowed: halves, interleaved"),
+        ({"queries": None}, "give both cos and sin of queries"),
+        ({"keys": (None, None)}, "give both cos and sin of keys"),
+        ({"keys": (torch.ones(2, 4), torch.ones(2, 4))}, r"cos \(2, 4\) and sin \(2, 4\) must both be"),
+    ],
+)
+def test_factors_and_tables_that_do_not_fit_are_refused(changes, sentence, backend):
+    turn = (torch.ones(2, 3, 4), torch.ones(2, 3, 4))
+    fitting = {
+        "a_q_BTRH": torch.randn(2, 3, 2, 5),
+        "b_q_BTRD": torch.randn(2, 3, 2, 8),
+        "b_k_BTSD": torch.randn(2, 3, 1, 8),
+        "queries": turn,
+        "keys": turn,
+    }
+    query_and_key(**fitting, backend=backend)
+    with pytest.raises(ValueError, match=f"query_and_key: .*{sentence}"):
+        query_and_key(**{**fitting, **changes}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_no_rows_give_no_rows(backend):
     x, weight = torch.randn(0, 8).half(), torch.randn(5, 8).half()
     assert linear(x, weight, residual=torch.randn(0, 5).half(), backend=backend).shape == (0, 5)

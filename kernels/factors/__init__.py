@@ -6,10 +6,10 @@ Shapes: B batch, T tokens, H heads, D head dimension, R rank of Q, S rank of K.
 import torch
 
 from kernels.decode import MOST_QUERIES, TRITON_DTYPES
-from kernels.dispatch import choose, why_no_derivative
+from kernels.dispatch import check_floats, choose, why_no_derivative
 from kernels.factors import plain
 from kernels.place import why_no_triton_at
-from kernels.rope import Tables
+from kernels.rope import Tables, check_tables
 
 
 def query_and_key(
@@ -33,9 +33,11 @@ def query_and_key(
     returns        (B, T, H, D) and (B, T, S, D)
 
     "triton" does both in one launch, for a few tokens; it has no backward pass.
-    Raises ValueError for a backend that is unknown or cannot run.
+    Raises ValueError for factors of different B, T, R or D or without a rank, for tables that are missing or do not
+    fit, and for a backend that is unknown or cannot run.
     """
     tensors = (a_q_BTRH, b_q_BTRD, b_k_BTSD)
+    _check(*tensors, queries, keys, pairing)
     why_not = _why_not_triton(tensors, (*queries, *keys))
     run = choose(
         "query_and_key",
@@ -44,6 +46,32 @@ def query_and_key(
         {"triton": why_not} if why_not else None,
     )
     return run(*tensors, queries, keys, pairing)
+
+
+def _check(
+    a_q_BTRH: torch.Tensor,
+    b_q_BTRD: torch.Tensor,
+    b_k_BTSD: torch.Tensor,
+    queries: Tables,
+    keys: Tables,
+    pairing: str,
+) -> None:
+    """Raises ValueError where these do not fit together."""
+    factors = {"a_q": a_q_BTRH, "b_q": b_q_BTRD, "b_k": b_k_BTSD}
+    fits = all(x.dim() == 4 and min(x.shape[2:]) > 0 for x in factors.values())
+    fits = fits and a_q_BTRH.shape[:3] == b_q_BTRD.shape[:3]
+    fits = fits and b_k_BTSD.shape[:2] == b_q_BTRD.shape[:2] and b_k_BTSD.shape[3] == b_q_BTRD.shape[3]
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in factors.items())
+        raise ValueError(
+            f"query_and_key: {shapes}; allowed: (B, T, R, H), (B, T, R, D) and (B, T, S, D), where R, H, S and D"
+            " are at least 1"
+        )
+    check_floats("query_and_key", factors)
+    for name, tables, x in (("queries", queries, b_q_BTRD), ("keys", keys, b_k_BTSD)):
+        if tables is None or any(table is None for table in tables):
+            raise ValueError(f"query_and_key: give both cos and sin of {name}")
+        check_tables("query_and_key", *tables, x.shape, pairing)
 
 
 def _triton(*arguments):
