@@ -156,8 +156,9 @@ def three(B=2, T=3, M=3, H=4, G=2):
 @pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
 def test_nothing_to_attend_gives_an_empty_result(backend):
     assert attention(*three(T=0), scale=0.3, causal=False, backend=backend).shape == (2, 0, 4, 5)
-    none = offsets(torch.zeros(0, 3).long())
-    assert attention(*three(B=0), scale=0.3, documents=none, backend=backend).shape == (0, 3, 4, 5)
+    for B, T in ((0, 3), (2, 0)):
+        none = offsets(torch.zeros(B, T).long())
+        assert attention(*three(B, T, T), scale=0.3, documents=none, backend=backend).shape == (B, T, 4, 5)
 
 
 def test_mixed_dtypes_take_a_backend_that_can():
@@ -177,9 +178,23 @@ def test_mixed_dtypes_take_a_backend_that_can():
         (three(), {"dropout": -0.1}, "dropout must be 0 to 1, got -0.1"),
         (three(), {"dropout": 1.5}, "dropout must be 0 to 1, got 1.5"),
         (three(), {"documents": torch.zeros(2, 3).long()}, "documents must be what `offsets` gives"),
-        (three(), {"documents": torch.tensor([0, 3])}, "documents must end at B T = 6, end at 3"),
+        (
+            three(),
+            {"documents": torch.tensor([0, 3])},
+            "documents must be from 0 to B T = 6, are from 0 to 3",
+        ),
+        (
+            three(),
+            {"documents": torch.tensor([2, 6])},
+            "documents must be from 0 to B T = 6, are from 2 to 6",
+        ),
+        (three(), {"documents": torch.tensor([0, 3, 2, 6])}, "documents must not fall, fall from 3 to 2"),
+        (three(), {"documents": torch.tensor([4, 0, 2, 6])}, "are from 4 to 6"),
+        (three(), {"documents": torch.tensor([0, 2, 6])}, "over the end of a row of 3 tokens, .* at token 3"),
+        (three(), {"documents": torch.tensor([6])}, r"of at least 1, are torch.int64 \(1,\)"),
+        (three(), {"documents": torch.tensor([]).int()}, r"of at least 1, are torch.int32 \(0,\)"),
     ],
-    ids=["no KV heads", "3 dimensions", "integers", "dropout below", "above", "documents", "other documents"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused(inputs, options, sentence):
     with pytest.raises(ValueError, match=f"attention: .*{sentence}"):

@@ -10,7 +10,7 @@ import torch
 
 from kernels.attention import plain, sdpa, varlen
 from kernels.attention.varlen import offsets
-from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand
+from kernels.dispatch import check_floats, choose, one_dtype
 
 OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -59,8 +59,8 @@ def attention(
                torch takes), "varlen" (documents as sequences of their own lengths), "plain"
     returns    (B, T, H, E) in q's dtype
 
-    Inputs may be any views. Raises ValueError for shapes, dtypes or options that do not fit together, and for a backend
-    that is unknown or cannot run.
+    Inputs may be any views. Raises ValueError for shapes, dtypes or options that do not fit together, for a backend
+    that is unknown or cannot run and, on a CPU, for offsets that `offsets` would not give.
     """
     check_shapes("attention", q_BTHD, k_BMGD, v_BMGE)
     B, T = q_BTHD.shape[:2]
@@ -76,13 +76,8 @@ def attention(
         raise ValueError(f"attention: causal=True needs as many queries as keys, got T={T} and M={M}")
     if documents is not None and not causal:
         raise ValueError("attention: documents need causal=True")
-    if documents is not None and (documents.dim() != 1 or documents.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            "attention: documents must be what `offsets` gives, integers (n + 1,), are"
-            f" {documents.dtype} {tuple(documents.shape)}"
-        )
-    if documents is not None and values_are_at_hand(documents) and documents[-1] != B * T:
-        raise ValueError(f"attention: documents must end at B T = {B * T}, end at {int(documents[-1])}")
+    if documents is not None:
+        varlen.check_offsets(documents, B, T)
 
     cannot = _cannot(q_BTHD, k_BMGD, v_BMGE, mask, documents, dropout)
     run = choose("attention", backend, _fastest_first(q_BTHD, k_BMGD, v_BMGE), cannot)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import values_are_at_hand
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -28,10 +30,37 @@ def offsets(documents_BT: torch.Tensor) -> torch.Tensor:
     n is the number of documents rounded up, the last ones being empty. Waits for the device.
     """
     B, T = documents_BT.shape
-    starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)[:, :T]
     begins = starts_BT.flatten().nonzero().flatten().to(torch.int32)
     padding = STEP - len(begins) % STEP
     return F.pad(begins, (0, padding), value=B * T)
+
+
+def check_offsets(offsets: torch.Tensor, B: int, T: int) -> None:
+    """Raises ValueError where they are not documents of B rows of T tokens; of values only those that are at hand."""
+    if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "attention: documents must be what `offsets` gives, integers (n + 1,) with n of at least 1, are"
+            f" {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    if not values_are_at_hand(offsets):
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != B * T:
+        raise ValueError(f"attention: documents must be from 0 to B T = {B * T}, are from {first} to {last}")
+    falls = offsets.diff() < 0
+    if falls.any():
+        n = int(falls.nonzero()[0])
+        raise ValueError(
+            f"attention: documents must not fall, fall from {int(offsets[n])} to {int(offsets[n + 1])}"
+        )
+    rows_B = T * torch.arange(B)
+    inside = ~torch.isin(rows_B, offsets)
+    if inside.any():
+        raise ValueError(
+            f"attention: documents must not go over the end of a row of {T} tokens, one does at token"
+            f" {int(rows_B[inside][0])}"
+        )
 
 
 def mask(offsets: torch.Tensor, B: int, T: int) -> torch.Tensor:
