@@ -127,6 +127,8 @@ def test_documents_are_where_their_index_changes():
     assert begins[:5].tolist() == [0, 3, 5, 9, 10]
     assert begins[4:].eq(10).all()
     assert len(begins) == 64
+    with pytest.raises(ValueError, match=r"offsets: documents must be \(B, T\), are \(5,\)"):
+        offsets(documents[0])
 
 
 def test_documents_see_themselves_alone():

@@ -69,3 +69,17 @@ def test_tables_that_would_broadcast_or_not_fit_are_refused(T, D, table_shape):
     x, table = torch.randn(2, T, 1, D), torch.ones(table_shape)
     with pytest.raises(ValueError, match="must both be"):
         rotate(x, table, table)
+
+
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        (torch.ones(2, 4, 1, 8).int(), "x must be of a floating-point dtype, is torch.int32"),
+        (torch.ones(2, 4, 8), r"must be \(B, T, R, D\), is \(2, 4, 8\)"),
+    ],
+)
+def test_what_does_not_turn_is_refused(x, sentence):
+    with pytest.raises(ValueError, match=f"rotate: .*{sentence}"):
+        rotate(x, torch.ones(4, 4), torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"rotate: sin must be of a floating-point dtype, is torch.int64"):
+        rotate(torch.ones(2, 4, 1, 8), torch.ones(4, 4), torch.ones(4, 4).long())

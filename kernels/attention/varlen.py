@@ -27,8 +27,11 @@ def offsets(documents_BT: torch.Tensor) -> torch.Tensor:
 
     documents_BT  (B, T) index of each token's document, constant in it; no document goes over the end of a row
 
-    n is the number of documents rounded up, the last ones being empty. Waits for the device.
+    n is the number of documents rounded up, the last ones being empty. Waits for the device. Raises ValueError for
+    documents of other dimensions.
     """
+    if documents_BT.dim() != 2:
+        raise ValueError(f"offsets: documents must be (B, T), are {tuple(documents_BT.shape)}")
     B, T = documents_BT.shape
     starts_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)[:, :T]
     begins = starts_BT.flatten().nonzero().flatten().to(torch.int32)

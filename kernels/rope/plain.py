@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.dispatch import check_floats
+
 
 def check_tables(
     op_name: str, cos: torch.Tensor, sin: torch.Tensor, shape_BTRD: Sequence[int], pairing: str
 ) -> None:
     """Raises ValueError where tables do not fit what they are to turn, or the pairing is unknown."""
+    if len(shape_BTRD) != 4:
+        raise ValueError(f"{op_name}: what turns must be (B, T, R, D), is {tuple(shape_BTRD)}")
+    check_floats(op_name, {"cos": cos, "sin": sin})
     B, T, _, D = shape_BTRD
     fits = cos.dim() > 1 and cos.shape[:-1] in ((T,), (B, T)) and sin.shape == cos.shape
     if not fits or D % 2 or 2 * cos.shape[-1] > D:
@@ -19,6 +24,11 @@ def check_tables(
             f"{op_name}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be (T, W/2) or (B, T, W/2)"
             f" with W <= D and D even, for (B, T, R, D) = {tuple(shape_BTRD)}"
         )
+    check_pairing(op_name, pairing)
+
+
+def check_pairing(op_name: str, pairing: str) -> None:
+    """Raises ValueError where it is unknown."""
     if pairing not in ("halves", "interleaved"):
         raise ValueError(f"{op_name}: unknown pairing {pairing!r}; allowed: halves, interleaved")
 
@@ -38,8 +48,10 @@ def rotate(
               (x[2j], x[2j+1]), as the paper's text and DeepSeek
     returns   (B, T, R, D) in x's dtype; the arithmetic runs in the wider of the dtypes of x and the tables
 
-    Raises ValueError when the tables do not fit x (they would broadcast silently) or the pairing is unknown.
+    Raises ValueError when x is not of these dimensions, something is of integers, the tables do not fit x (they would
+    broadcast silently) or the pairing is unknown.
     """
+    check_floats("rotate", {"x": x_BTRD})
     check_tables("rotate", cos, sin, x_BTRD.shape, pairing)
     D, width = x_BTRD.shape[-1], 2 * cos.shape[-1]
     if width == 0:
