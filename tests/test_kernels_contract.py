@@ -69,6 +69,8 @@ def test_factors_that_do_not_fit_are_refused():
         contract(a, b[:, :, :1])
     with pytest.raises(ValueError, match="both cos and sin"):
         contract(a, b, cos=torch.ones(4, 4))
+    with pytest.raises(ValueError, match="contract: unknown pairing 'foo'; allowed: halves, interleaved"):
+        contract(a, b, pairing="foo")
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,9 @@ def test_records_and_parts_that_do_not_fit_are_refused(record, changes, tables, 
     parts = [Part(0, 8, 2, 4, 8)._replace(**changes), Part(24, 28, 1, 4, 8), Part(36, 40, 1, 4, 8)]
     with pytest.raises(ValueError, match=f"contract_qkv: .*{sentence}"):
         contract_qkv(record, parts, tables, None)
+
+
+def test_an_unknown_pairing_is_refused_where_nothing_turns_too():
+    parts = [Part(0, 8, 2, 4, 8), Part(24, 28, 1, 4, 8), Part(36, 40, 1, 4, 8)]
+    with pytest.raises(ValueError, match="contract_qkv: unknown pairing 'foo'; allowed: halves, interleaved"):
+        contract_qkv(torch.zeros(2, 3, 50), parts, None, None, pairing="foo")

@@ -185,4 +185,5 @@ def test_what_does_not_fit_is_refused():
     refused(r"decode: cos .* must both be .* for \(B, T, R, D\) = \(2, 9, 2, 8\)", turn=turn(10, 9))
     refused("must both be", turn=turn(8, 8))
     refused("unknown pairing 'thirds'", turn=turn(8, 9), pairing="thirds")
+    refused("unknown pairing 'thirds'", pairing="thirds")
     refused("new factors must be 6, None for each that is no cache, are 4", new=(None,) * 4)

@@ -12,7 +12,7 @@ from kernels.contract.plain import outer
 from kernels.dispatch import check_floats, choose, product_dtype, why_no_derivative, why_no_tangent
 from kernels.operators import differentiate_once
 from kernels.place import why_no_triton_at
-from kernels.rope import check_tables
+from kernels.rope import check_pairing, check_tables
 
 # The Triton kernel: wider heads or higher ranks leave no room for a block of them on the chip.
 WIDEST_HEAD = 256
@@ -43,7 +43,7 @@ def contract(
     differentiated again (RuntimeError), and not in forward mode.
 
     Raises ValueError for factors of different B, T or R or without a rank, for one table without the other, for tables
-    that do not fit, and for a backend that is unknown or cannot run.
+    that do not fit, and for a pairing or backend that is unknown or cannot run.
     """
     if a_BTRH.dim() != 4 or b_BTRD.dim() != 4 or a_BTRH.shape[2] < 1:
         raise ValueError(
@@ -57,6 +57,7 @@ def contract(
         )
     if (cos is None) != (sin is None):
         raise ValueError("contract: give both cos and sin, or neither")
+    check_pairing("contract", pairing)
     why_not = why_not_triton(a_BTRH, b_BTRD, cos, sin)
     run = choose(
         "contract", backend, _fastest_first(a_BTRH.device.type), {"triton": why_not} if why_not else None

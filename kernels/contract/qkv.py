@@ -11,7 +11,7 @@ import torch
 from kernels.contract import plain, tables_that_turn, why_not_triton
 from kernels.dispatch import check_floats, choose, product_dtype
 from kernels.operators import differentiate_once
-from kernels.rope import Tables
+from kernels.rope import Tables, check_pairing
 
 
 class Part(NamedTuple):
@@ -45,7 +45,8 @@ def contract_qkv(
     "triton" is one operator, whose gradient is one record: the compiler neither takes factors apart for three
     operators nor puts three gradients together. As with `contract`, it can be taken once.
 
-    Raises ValueError for parts that are not three or do not fit, and for a backend that is unknown or cannot run.
+    Raises ValueError for parts that are not three or do not fit, and for a pairing or backend that is unknown or cannot
+    run.
     """
     if record_BTN.dim() != 3:
         raise ValueError(f"contract_qkv: the record must be (B, T, N), is {tuple(record_BTN.shape)}")
@@ -58,6 +59,7 @@ def contract_qkv(
     for name, tables in (("queries", queries), ("keys", keys)):
         if tables is not None and any(table is None for table in tables):
             raise ValueError(f"contract_qkv: give both cos and sin of {name}, or None")
+    check_pairing("contract_qkv", pairing)
     stretches = sorted(
         stretch for p in parts for stretch in ((p.a, p.a + p.rank * p.heads), (p.b, p.b + p.rank * p.width))
     )

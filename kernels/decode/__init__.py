@@ -13,7 +13,7 @@ from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
 from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand, why_no_derivative
 from kernels.place import why_no_triton_at
-from kernels.rope import Tables, check_tables
+from kernels.rope import Tables, check_pairing, check_tables
 
 # The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
 MOST_QUERIES = 16
@@ -74,9 +74,9 @@ def decode(
     size, and is compiled once for all batches and lengths; `lengths` stay on the device, so that a CUDA graph holds
     while they grow. Fastest where each rank's head factors start at multiples of 16 bytes (`kernels.decode.layout`).
 
-    Raises ValueError for shapes and dtypes that do not fit together, for a backend that is unknown or cannot run and,
-    on a CPU, for lengths and pages that are not there. On a GPU nothing waits to look at those: lengths count as 0 to
-    M, and an index that is no page reads what is none.
+    Raises ValueError for shapes and dtypes that do not fit together, for a pairing or backend that is unknown or cannot
+    run and, on a CPU, for lengths and pages that are not there. On a GPU nothing waits to look at those: lengths count
+    as 0 to M, and an index that is no page reads what is none.
     """
     given = {
         "q": q_BTHD,
@@ -133,6 +133,7 @@ def decode(
             f"decode: pages must be int32 or int64 ({B}, n), are {pages.dtype} {tuple(pages.shape)}"
         )
     M = rows[1] if pages is None else rows[1] * pages.shape[1]
+    check_pairing("decode", pairing)
     if turn is not None:
         check_tables("decode", *turn, (B, M, *b_k_BMSD.shape[2:]), pairing)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, 1, T, M)):
