@@ -257,3 +257,31 @@ def test_no_launch_wants_more_shared_memory_than_there_is(H, D, direct):
         beside = queries * heads * widest * 2 if chosen.heads_first else 0
         assert chosen.stages == 1 or tiles + beside <= 232_448
         assert chosen.stages == 1 or chosen.programs * (tiles + beside + 1024) <= 233_472
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS, "triton"])
+def test_new_factors_are_floats_for_factors_that_are_not_expanded(backend):
+    inputs = {name: x.half() for name, x in cache(2, 1, 9, 3, 2, 2).items()}
+    new = tuple(torch.ones(2, 1, *x.shape[2:]).half() for name, x in inputs.items() if name != "q_BTHD")
+
+    def refused(sentence: str, new=new, **changes: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=f"decode: {sentence}"):
+            decode(**{**inputs, **changes}, scale=0.3, new=new, backend=backend)
+
+    refused(
+        "the new a_v must be of a floating-point dtype, is torch.int64", (*new[:2], new[2].long(), new[3])
+    )
+    b_v = inputs["b_v_BMUE"]
+    for expanded in (b_v[:, :1].expand(b_v.shape), b_v[:1].expand(b_v.shape)):
+        kept = expanded.clone()
+        refused("b_v is expanded, strides .* new must be None for it", b_v_BMUE=expanded)
+        assert torch.equal(expanded, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_factors_of_another_precision_are_converted(backend):
+    inputs = cache(2, 1, 9, 3, 2, 2)
+    new = tuple(torch.randn(2, 1, *x.shape[2:]) for name, x in inputs.items() if name != "q_BTHD")
+    decode(**inputs, scale=0.3, new=new, backend=backend)
+    for part, factor in zip(new, list(inputs.values())[1:], strict=True):
+        assert torch.equal(factor[:, -1:], part.double())

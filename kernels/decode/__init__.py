@@ -59,7 +59,8 @@ def decode(
               M = n N. An index beyond what `lengths` uses must still be a page, 0 to P - 1
     new       the factors (B, T, rank, width) of the queries' own tokens, in the order of the factors, None for one that
               is no cache: written into the factors first, as the last T tokens of each row; of a row of fewer
-              tokens, the last of them. "triton" does both in one launch. No gradient flows through them
+              tokens, the last of them. "triton" does both in one launch and takes those of the factors' dtype; others
+              convert any floats to it. No gradient flows through them
     c_k, c_v  (B, M, S, C) and (B, M, U, Y), both or neither: further factors of K and V (order 3, appendix C). b_k is
               then (B, M, S, D/C) and what K is made of is vec(b ⊗ c), with b_i c_j at j · D/C + i; likewise V
     turn      cos and sin, (M, W/2) or (B, M, W/2), by which `kernels.rope.rotate` turns b_k as it is read: for one
@@ -145,7 +146,8 @@ def decode(
 
     factors = (a_k_BMSH, b_k_BMSD, a_v_BMUH, b_v_BMUE, *(c for c in (c_k, c_v) if c is not None))
     if new is not None:
-        _check_new(new, factors, B, T)
+        del parts["q"]
+        _check_new(new, parts, B, T)
     cannot = {}
     why_not = why_not_triton(q_BTHD, factors, mask, pages, new)
     if why_not:
@@ -195,15 +197,23 @@ def _check_range(name: str, integers: torch.Tensor | None, end: int) -> None:
         raise ValueError(f"{name} must be 0 to {end - 1} here, are {low} to {high}")
 
 
-def _check_new(new: New, factors: tuple[torch.Tensor, ...], B: int, T: int) -> None:
+def _check_new(new: New, factors: dict[str, torch.Tensor], B: int, T: int) -> None:
     if len(new) != len(factors):
         raise ValueError(
             f"decode: new factors must be {len(factors)}, None for each that is no cache, are {len(new)}"
         )
-    for part, factor in zip(new, factors, strict=True):
-        if part is not None and part.shape != (B, T, *factor.shape[2:]):
+    for part, (name, factor) in zip(new, factors.items(), strict=True):
+        if part is None:
+            continue
+        if part.shape != (B, T, *factor.shape[2:]):
             raise ValueError(
                 f"decode: new factors must be {(B, T, *factor.shape[2:])}, are {tuple(part.shape)}"
+            )
+        check_floats("decode", {f"the new {name}": part})
+        if any(n > 1 and stride == 0 for n, stride in zip(factor.shape, factor.stride(), strict=True)):
+            raise ValueError(
+                f"decode: {name} is expanded, strides {factor.stride()}: one write would change many numbers; new"
+                " must be None for it"
             )
 
 
