@@ -28,3 +28,8 @@ def why_no_triton_at(x: torch.Tensor, *, only_hopper: str | None = None) -> str 
     if only_hopper is not None and x.device.type == "cuda" and not is_hopper():
         return only_hopper
     return None
+
+
+def lies_side_by_side(x: torch.Tensor) -> bool:
+    """Whether the last dimension is contiguous; the stride of a dimension of one says nothing."""
+    return x.shape[-1] == 1 or x.stride(-1) == 1

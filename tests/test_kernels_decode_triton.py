@@ -121,6 +121,22 @@ def test_queries_that_are_not_contiguous():
     check(inputs)
 
 
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize(("H", "E"), [(1, 32), (1, 1), (5, 1)])
+def test_one_head_or_feature_of_any_stride(H, E, new):
+    """The stride of a dimension of one says nothing."""
+    inputs = cache(2, 1, 9, H, 2, 2, E=E)
+    for name, x in inputs.items():
+        if x.shape[-1] == 1 and name != "q_BTHD":
+            inputs[name] = x.as_strided(x.shape, (*x.stride()[:3], 2))
+    if new:
+        part = [torch.ones(2, 1, *x.shape[2:]).half() for name, x in inputs.items() if name != "q_BTHD"]
+        decode(**inputs, scale=0.3, new=tuple(part), backend="triton")
+        assert all((x[:, -1] == 1).all() for name, x in inputs.items() if name != "q_BTHD")
+        assert not any((x[:, :-1] == 1).all() for name, x in inputs.items() if name != "q_BTHD")
+    check(inputs, torch.tensor([4, 9]))
+
+
 def test_lengths_that_are_not_contiguous():
     inputs = cache(3, 2, 90, 5, 2, 1)
     check(inputs, torch.tensor(41).expand(3))

@@ -71,6 +71,29 @@ def test_linear_takes_what_it_returned():
     assert_close(got, linear(hidden.double(), weight.double(), backend="plain"), torch.float16)
 
 
+def test_one_input_or_output_of_any_stride():
+    """The stride of a dimension of one says nothing."""
+    x, weight, residual = (
+        random(torch.float16, 3, 2)[:, :1],
+        random(torch.float16, 1, 1),
+        random(torch.float16, 3, 2),
+    )
+    x, residual = x.as_strided((3, 1), (2, 2)), residual.as_strided((3, 1), (2, 2))
+    got = linear(x, weight, residual=residual, backend="triton")
+    truth = linear(x.double(), weight.double(), residual=residual.double(), backend="plain")
+    assert_close(got, truth, torch.float16)
+
+
+def test_query_of_one_head_of_any_stride():
+    a_q = random(torch.float16, 2, 3, 2, 1).as_strided((2, 3, 2, 1), (6, 2, 1, 2))
+    b_q, b_k = random(torch.float16, 2, 3, 2, 8), random(torch.float16, 2, 3, 1, 8)
+    turn = (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+    got = query_and_key(a_q, b_q, b_k, turn, turn, backend="triton")
+    truth = query_and_key(a_q.double(), b_q.double(), b_k.double(), turn, turn, backend="plain")
+    for one, other in zip(got, truth, strict=True):
+        assert_close(one, other, torch.float16)
+
+
 def test_what_linear_cannot_run_is_refused_with_the_reason():
     x, weight = random(torch.float16, 2, 16), random(torch.float16, 8, 16)
 

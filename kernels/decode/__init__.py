@@ -12,7 +12,7 @@ import torch
 from kernels.decode import plain, sdpa
 from kernels.decode.rows import Rows
 from kernels.dispatch import check_floats, choose, one_dtype, values_are_at_hand, why_no_derivative
-from kernels.place import why_no_triton_at
+from kernels.place import lies_side_by_side, why_no_triton_at
 from kernels.rope import Tables, check_pairing, check_tables
 
 # The Triton kernel: more query tokens are prefill, wider heads leave no room for a tile on the chip.
@@ -323,7 +323,7 @@ def why_not_triton(
         return f"it takes heads of at most {WIDEST_HEAD} features in float32"
     if D > WIDEST_KEY or E > WIDEST_VALUE:
         return f"it takes keys of at most {WIDEST_KEY} features and values of at most {WIDEST_VALUE}"
-    if any(x.stride(-1) != 1 for x in factors):
+    if not all(lies_side_by_side(x) for x in factors):
         return "the last dimension of every factor must be contiguous"
     if pages is not None and factors[0].shape[1] % 64:
         return "the tokens of a page must be a multiple of 64"

@@ -8,7 +8,7 @@ import torch
 from kernels.decode import MOST_QUERIES, TRITON_DTYPES
 from kernels.dispatch import check_floats, choose, why_no_derivative
 from kernels.factors import plain
-from kernels.place import why_no_triton_at
+from kernels.place import lies_side_by_side, why_no_triton_at
 from kernels.rope import Tables, check_tables
 
 
@@ -96,6 +96,6 @@ def _why_not_triton(tensors: tuple[torch.Tensor, ...], tables: tuple[torch.Tenso
         return "factors must all be float16, all bfloat16 or all float32"
     if any(x.shape != (B, T, D // 2) or x.dtype != torch.float32 for x in tables) or D % 2:
         return "all dimensions must turn, by float32 tables of each row"
-    if any(x.stride(-1) != 1 for x in tensors) or any(not x.is_contiguous() for x in tables):
+    if not all(lies_side_by_side(x) for x in tensors) or not all(x.is_contiguous() for x in tables):
         return "tables must be contiguous, and the last dimension of the factors"
     return why_no_derivative(*tensors, *tables)

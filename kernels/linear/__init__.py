@@ -7,7 +7,7 @@ import torch
 
 from kernels.dispatch import check_floats, choose, one_dtype, why_no_derivative
 from kernels.linear import plain
-from kernels.place import why_no_triton_at
+from kernels.place import lies_side_by_side, why_no_triton_at
 
 # More rows are a matrix product for cuBLAS.
 MOST_ROWS = 32
@@ -99,6 +99,6 @@ def _why_not_triton(
         return "autocast chooses dtypes"
     if any(not part.is_contiguous() for part in (weight_NK, gate_NK) if part is not None):
         return "weights must be contiguous"
-    if any(part.stride(-1) != 1 for part in (x, residual) if part is not None):
+    if not all(lies_side_by_side(part) for part in (x, residual) if part is not None):
         return "the features of x and of the residual must lie side by side"
     return why_no_derivative(*given)
