@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,11 @@ def autocasts(device: torch.device) -> bool:
     """Whether autocast chooses the dtypes of products there."""
     # Not torch.amp.is_autocast_available: the compiler of torch 2.11 breaks its graph there.
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products there keep their dtype; torch makes no autocast for "meta"."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def one_dtype(*tensors: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from kernels.attention import attention
 from kernels.decode import decode
 from kernels.dispatch import choose
 from kernels.loss import linear_cross_entropy
@@ -55,6 +56,13 @@ def test_operations_compile_into_one_graph():
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, a, b), step(q, a, b))
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
+def test_operations_run_on_meta_tensors(backend):
+    q, a, b = (torch.empty(1, *shape, device="meta") for shape in ((1, 3, 8), (5, 2, 3), (5, 2, 8)))
+    assert decode(q, a, b, a, b, scale=0.3, backend=backend).shape == (1, 1, 3, 8)
+    assert attention(q, q, q, scale=0.3, backend=backend).shape == (1, 1, 3, 8)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -7,6 +7,8 @@ D head dimension, E value dimension.
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import without_autocast
+
 
 def attention(
     q_BTHD: torch.Tensor,
@@ -22,7 +24,7 @@ def attention(
     T, M, G = q_BTHD.shape[1], k_BMGD.shape[1], k_BMGD.shape[2]
     if causal:
         mask = torch.ones(T, M, dtype=torch.bool, device=q_BTHD.device).tril().view(1, 1, T, M)
-    with torch.autocast(q_BTHD.device.type, enabled=False):
+    with without_autocast(q_BTHD.device):
         q_BTGND = q_BTHD.to(dtype).unflatten(2, (G, -1))
         scores_BGNTM = torch.einsum("btgnd,bmgd->bgntm", q_BTGND, k_BMGD.to(dtype)) * scale
         if mask is None:

@@ -6,6 +6,8 @@ D head dimension, E value dimension, S rank of K, U rank of V.
 
 import torch
 
+from kernels.dispatch import without_autocast
+
 # Elements of the largest intermediate, (B, H, T, M of a chunk, rank): 32 MiB in float32.
 CHUNK_ELEMENTS = 2**23
 # Fewer cached tokens at a time than this and the loop, not the arithmetic, takes the time.
@@ -31,7 +33,7 @@ def decode(
     o_BHTE = q_BTHD.new_zeros(B, H, T, E, dtype=dtype)
     total_BHT = q_BTHD.new_zeros(B, H, T, dtype=dtype)
     highest_BHT = q_BTHD.new_full((B, H, T), lowest, dtype=dtype)
-    with torch.autocast(q_BTHD.device.type, enabled=False):
+    with without_autocast(q_BTHD.device):
         q_BHTD = q_BTHD.to(dtype).transpose(1, 2) * (scale / S)
         for start in range(0, M, chunk):
             now = slice(start, start + chunk)
