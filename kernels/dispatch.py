@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,13 @@ def check_floats(op_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def values_are_at_hand(x: torch.Tensor) -> bool:
-    """Whether a look at what `x` holds waits for no device and breaks no graph of torch.compile."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is torch.Tensor
+    """Whether a look at what `x` holds waits for no device, breaks no graph of torch.compile and is one tensor's.
+
+    Inside torch.func.vmap and its like a tensor stands for several.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not torch.Tensor:
+        return False
+    return not is_functorch_wrapped_tensor(x)
 
 
 def why_no_derivative(*tensors: torch.Tensor) -> str | None:

@@ -5,6 +5,7 @@ U rank of V.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -171,6 +172,14 @@ def test_lengths_are_a_mask_with_a_causal_tail(T, backend):
         expected[b, 0, t, m] = m < lengths[b] - (T - 1 - t)
     got = decode(**inputs, scale=0.3, lengths=lengths, backend=backend)
     assert_close(got, over_full_keys_and_values(**inputs, scale=0.3, mask=expected), torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_under_vmap(backend):
+    inputs, lengths_NB = cache(2, 1, 9, 3, 2, 1), torch.tensor([[1, 2], [9, 0], [3, 4]])
+    run = partial(decode, *inputs.values(), scale=0.3, backend=backend)
+    got = torch.func.vmap(lambda lengths: run(lengths=lengths))(lengths_NB)
+    assert_close(got, torch.stack([run(lengths=lengths) for lengths in lengths_NB]), torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
