@@ -98,7 +98,10 @@ def why_no_derivative(*tensors: torch.Tensor) -> str | None:
 
 def why_no_tangent(*tensors: torch.Tensor) -> str | None:
     """One sentence where a derivative in forward mode goes through one of them: torch takes a missing one for zeros."""
-    dual = any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    # Not asked for while compiling: the compiler has no forward mode, and may break its graph at the question.
+    dual = not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
     return "it has no forward-mode derivatives" if dual else None
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kernels.attention import attention, check_shapes
 from kernels.decode import MOST_QUERIES, check_lengths, decode, visible, why_not_triton
-from kernels.dispatch import check_floats, choose
+from kernels.dispatch import check_floats, choose, why_no_derivative
 
 # The widest head of torch's flash kernel.
 WIDEST_FLASH = 256
@@ -154,6 +154,4 @@ def _why_not_flash(q_BTHD, k_BMGD, v_BMGE, lengths) -> str | None:
         return f"keys and values must be equally wide, a multiple of 8 up to {WIDEST_FLASH}"
     if not (k_BMGD.is_contiguous() and v_BMGE.is_contiguous()):
         return "keys and values must be contiguous"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BMGD, v_BMGE)):
-        return "asked for lengths, it has no backward pass"
-    return None
+    return why_no_derivative(q_BTHD, k_BMGD, v_BMGE)
