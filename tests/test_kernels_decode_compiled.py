@@ -92,7 +92,7 @@ def test_loads_are_pipelined_and_fit_the_chip(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     # Of each factor and rank, or of keys, of values that are not in them and of a rest of either, in front of the loop
     # and in it.
-    least = [2 * 4 * min(R, 2) for _, _, R, _ in OF_FACTORS] + [4, 4, 4, 8, 4, 4]
+    least = [2 * 4 * min(R, 2) for _, _, R, _ in OF_FACTORS] + [4, 4, 4, 6, 4, 4]
     lines = done.stdout.splitlines()
     for case, at_least, line in zip([*OF_FACTORS, *OF_HEADS], least, lines, strict=True):
         copies, shared, tensor_cores = map(int, line.split())

@@ -244,15 +244,12 @@ def test_append_and_decode_compile_without_a_copy_of_the_cache():
         ("flash", 16, 16, 128, 128),
         ("flash", 31, 1, 64, 64),
         pytest.param("triton", 31, 1, 64, 64, marks=needs_triton),
+        pytest.param("triton", 16, 16, 64, 64, marks=needs_triton),
         pytest.param("triton", 24, 3, 74, 74, marks=needs_triton),
+        pytest.param("triton", 32, 8, 128, 128, marks=needs_triton),
         pytest.param("triton", 23, 1, 288, 256, marks=needs_triton),
+        pytest.param("triton", 19, 1, 444, 412, marks=needs_triton),
         pytest.param("triton", 23, 1, 576, 512, marks=needs_triton),
-        pytest.param("grouped", 16, 16, 64, 64, marks=needs_triton),
-        pytest.param("grouped", 24, 3, 74, 74, marks=needs_triton),
-        pytest.param("grouped", 32, 8, 128, 128, marks=needs_triton),
-        pytest.param("grouped", 23, 1, 288, 256, marks=needs_triton),
-        pytest.param("grouped", 19, 1, 444, 412, marks=needs_triton),
-        pytest.param("grouped", 23, 1, 576, 512, marks=needs_triton),
     ],
 )
 def test_grouped_decode(backend, H, G, D, E, T, dtype):

@@ -221,21 +221,17 @@ def _other_line(row: dict[str, Any]) -> str:
 
 
 def _others(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
-    """MLA, absorbed, and GQA of a width that flash does not take by our two kernels; MLA and GQA by FlashInfer where it
-    is installed; 32 heads, 24 of that width."""
+    """Other mechanisms by our kernel, and MLA and GQA by FlashInfer where it is installed."""
     # name, elements of a token, how to make a call
     mechanisms: list[tuple[str, int, Callable[[int, int], Callable[[], torch.Tensor]]]] = [
-        (
-            f"{what}, {backend.capitalize()}",
-            elements,
-            partial(_ours, q_heads, kv_heads, *widths, backend, device),
-        )
+        (f"{what}, Triton", elements, partial(_ours, q_heads, kv_heads, *widths, device))
         for what, elements, q_heads, kv_heads, widths in (
             ("MLA of 256 + 32", 288, 32, 1, (288, 256)),
             ("MLA of 512 + 64", 576, 32, 1, (576, 512)),
             ("GQA of 3 x 74", 444, 24, 3, (74, 74)),
+            ("GQA of 8 x 64", 1024, 32, 8, (64, 64)),
+            ("MHA of 16 x 64", 2048, 16, 16, (64, 64)),
         )
-        for backend in ("triton", "grouped")
     ]
     if others.FLASHINFER_IS_INSTALLED:
         mechanisms += [
@@ -269,15 +265,13 @@ def _others(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _ours(
-    H: int, G: int, D: int, E: int, backend: str, device: torch.device, B: int, M: int
-) -> Callable[[], torch.Tensor]:
+def _ours(H: int, G: int, D: int, E: int, device: torch.device, B: int, M: int) -> Callable[[], torch.Tensor]:
     """One query token of H heads over G KV heads; values narrower than keys are their first features."""
     k = torch.randn(B, M, G, D, device=device, dtype=torch.bfloat16)
     v = k[..., :E] if E < D else torch.randn(B, M, G, E, device=device, dtype=torch.bfloat16)
     q = torch.randn(B, 1, H, D, device=device, dtype=torch.bfloat16)
     lengths = torch.full((B,), M, device=device)
-    return lambda: decode_grouped(q, k, v, scale=D**-0.5, lengths=lengths, backend=backend)
+    return lambda: decode_grouped(q, k, v, scale=D**-0.5, lengths=lengths, backend="triton")
 
 
 def _groups(result: dict[str, Any]) -> list[str]:

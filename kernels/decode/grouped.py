@@ -9,13 +9,11 @@ from functools import partial
 import torch
 
 from kernels.attention import attention, check_shapes
-from kernels.decode import MOST_QUERIES, check_lengths, decode, visible, why_not_triton
+from kernels.decode import MOST_QUERIES, check_lengths, visible, why_not_triton
 from kernels.dispatch import check_floats, choose, why_no_derivative
 
 # The widest head of torch's flash kernel.
 WIDEST_FLASH = 256
-# Of the Triton kernel, whose matrix products grow with them: each is a rank, and meets every query head.
-MOST_KV_HEADS = 8
 
 
 def decode_grouped(
@@ -37,14 +35,12 @@ def decode_grouped(
               None: all of the cache is visible
     mask      bool (B, 1, T, M), what `lengths` mean, for backends that read masks; made here where it is missing.
               Without lengths it is for those backends alone
-    backend   "auto", "triton", "grouped", "flash", "sdpa" or "plain"
+    backend   "auto", "triton", "flash", "sdpa" or "plain"
     returns   (B, T, H, E) in q's dtype
 
-    "triton" is the kernel of `kernels.decode.decode`: G KV heads are TPA of rank G whose head factors are ones and
-    zeros, times G (section 4); it takes heads of any width. "grouped" is a kernel of their own, which reads values that
-    are the first E features of the keys, as MLA's, once; "auto" leaves it out until it is timed. "flash" is the kernel
-    behind SDPA, asked to stop at `lengths`, which SDPA cannot say. These three read the lengths on the device and
-    nothing past them, so that a CUDA graph holds while they grow.
+    "triton" takes heads of any width, and reads values that are the first E features of the keys, as MLA's latent,
+    once. "flash" is the kernel behind SDPA, asked to stop at `lengths`, which SDPA cannot say. Both read the lengths on
+    the device and nothing past them, so that a CUDA graph holds while they grow.
 
     Raises ValueError for shapes and dtypes that do not fit together, for a backend that is unknown or cannot run and,
     on a CPU, for lengths that are not 0 to M.
@@ -52,24 +48,26 @@ def decode_grouped(
     check_shapes("decode_grouped", q_BTHD, k_BMGD, v_BMGE)
     check_floats("decode_grouped", {"q": q_BTHD, "k": k_BMGD, "v": v_BMGE})
     check_lengths("decode_grouped", lengths, q_BTHD.shape[0], k_BMGD.shape[1])
-    alone = mask if lengths is None else None
     cannot = {
         name: why
         for name, why in {
-            "triton": _why_not_triton(q_BTHD, k_BMGD, v_BMGE, alone),
-            "grouped": _why_not_grouped(q_BTHD, k_BMGD, v_BMGE, alone),
+            "triton": why_not_triton(
+                q_BTHD, (k_BMGD, k_BMGD, v_BMGE, v_BMGE), mask if lengths is None else None
+            ),
             "flash": _why_not_flash(q_BTHD, k_BMGD, v_BMGE, lengths),
         }.items()
         if why
     }
-    candidates: dict[str, Callable[..., torch.Tensor]] = {"flash": _flash, "triton": _triton, "sdpa": _sdpa}
-    if q_BTHD.device.type == "cpu":  # Triton's interpreter is for tests: by name only
+    # µs of 16 rows of 32,768 tokens on an H100 (bfloat16), Triton / flash / SDPA with a mask, which reads past lengths:
+    #     16 heads of 64        702 / 908 / 731          31 over 1 of 64    54 / 69 / 490
+    #     30 over 2 of 64        98 / 123 / 494          MLA of 256 + 32   116 / - / 2116
+    candidates: dict[str, Callable[..., torch.Tensor]] = {"triton": _triton, "flash": _flash, "sdpa": _sdpa}
+    wide_heads = (
+        q_BTHD.dtype == torch.float32 and q_BTHD.shape[2] == k_BMGD.shape[2]
+    )  # MHA without tensor cores
+    if q_BTHD.device.type == "cpu" or wide_heads:  # on a CPU Triton's interpreter is for tests: by name only
         candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
-    elif q_BTHD.shape[2] == k_BMGD.shape[2]:
-        # 16 heads of 64 over 16 rows of 32,768 tokens on an H100: 721 µs, where flash takes 880. With 2 and 1 KV
-        # heads SDPA takes 490, flash 122 and 70, Triton (1 KV head) 75; MLA of 256 + 32: SDPA 2116, Triton 212.
-        candidates = {"sdpa": _sdpa, "flash": _flash, "triton": _triton}
-    candidates |= {"plain": partial(_sdpa, backend="plain"), "grouped": _grouped}
+    candidates["plain"] = partial(_sdpa, backend="plain")
     run = choose("decode_grouped", backend, candidates, cannot)
     return run(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths)
 
@@ -81,44 +79,29 @@ def _sdpa(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths, backend="sdpa") -> torch
 
 
 def _triton(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
-    a_BMGH = _head_factors(q_BTHD, k_BMGD.shape[2]).expand(*k_BMGD.shape[:2], -1, -1)
-    return decode(q_BTHD, a_BMGH, k_BMGD, a_BMGH, v_BMGE, scale=scale, lengths=lengths, backend="triton")
+    if not q_BTHD.numel():
+        return q_BTHD.new_empty(*q_BTHD.shape[:3], v_BMGE.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.ops.t6_lightning.decode_grouped(q_BTHD, k_BMGD, v_BMGE, scale, lengths)
+    return _launched(q_BTHD, k_BMGD, v_BMGE, scale, lengths)
 
 
-def _grouped(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:
+def _launched(q_BTHD, k_BMGD, v_BMGE, scale, lengths) -> torch.Tensor:
     # Imported here: the package is absent on most machines without a GPU.
     from kernels.decode import grouped_triton
 
     return grouped_triton.decode(q_BTHD, k_BMGD, v_BMGE, scale, lengths)
 
 
-_kept: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
-
-
-def _head_factors(q_BTHD: torch.Tensor, G: int) -> torch.Tensor:
-    """(G, H): G where a KV head is the query head's own, which undoes that decoding divides by the rank; else 0."""
-    H = q_BTHD.shape[2]
-    key = (H, G, q_BTHD.dtype, q_BTHD.device)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and key in _kept:
-        return _kept[key]
-    made_GH = G * torch.eye(G, dtype=q_BTHD.dtype, device=q_BTHD.device).repeat_interleave(H // G, dim=1)
-    # Kept, so that a step launches nothing for them; but not what belongs to a CUDA graph, or to a compiled one.
-    if not compiling and not (made_GH.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _kept[key] = made_GH
-    return made_GH
-
-
-def _why_not_triton(q_BTHD, k_BMGD, v_BMGE, mask) -> str | None:
-    if k_BMGD.shape[2] > MOST_KV_HEADS:
-        return f"it reads at most {MOST_KV_HEADS} KV heads"
-    return why_not_triton(q_BTHD, (q_BTHD, k_BMGD, q_BTHD, v_BMGE), mask)
-
-
-def _why_not_grouped(q_BTHD, k_BMGD, v_BMGE, mask) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile does not follow it"
-    return why_not_triton(q_BTHD, (k_BMGD, k_BMGD, v_BMGE, v_BMGE), mask)
+# An operator for torch.compile, as in kernels/decode/__init__.py.
+_library = torch.library.Library("t6_lightning", "FRAGMENT")
+_library.define("decode_grouped(Tensor q, Tensor k, Tensor v, float scale, Tensor? lengths) -> Tensor")
+_library.impl("decode_grouped", _launched, "CUDA")
+torch.library.register_fake(
+    "t6_lightning::decode_grouped",
+    lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[-1]),
+    lib=_library,
+)
 
 
 def _flash(q_BTHD, k_BMGD, v_BMGE, scale, mask, lengths) -> torch.Tensor:

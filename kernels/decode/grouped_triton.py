@@ -41,6 +41,7 @@ from kernels.decode.triton import GRAIN, LEAST_TOKENS, PAUSE_BYTES, multiprocess
 
 # Columns of a program: both products are of 64 tokens with them, and o stays in the registers.
 MOST_COLUMNS = 32
+MOST_SEGMENTS = 128
 SHARED_MEMORY = 200_000
 
 
@@ -164,15 +165,16 @@ def parts(features: int) -> tuple[int, int]:
     return features, 0
 
 
-def choose_launch(columns: int, o_features: int, token_bytes: int, itemsize: int) -> Launch:
-    """Tiles of 64 tokens or more, which a warp group's product is made for, as many on their way as the chip holds."""
+def choose_launch(token_bytes: int, unit_bytes: int, itemsize: int) -> Launch:
+    """By what a token takes in a tile and the loads that its alignment allows; measured on an H100 (bfloat16)."""
     if itemsize == 4:  # no tensor cores at full precision
         return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
-    tile = 128 if 128 * token_bytes <= 32_000 else 64
-    warps = 8 if o_features * columns > 96 * 128 else 4
-    programs = 2 if 2 * 3 * tile * token_bytes <= SHARED_MEMORY else 1
-    stages = max(2, min(4, SHARED_MEMORY // (programs * tile * token_bytes)))
-    return Launch(tile, warps, stages, programs, heads_first=False)
+    if unit_bytes < 8:  # many small loads: more programs to wait for them
+        return Launch(tile=64, warps=4, stages=2, programs=4, heads_first=False)
+    for tile, stages in ((128, 3), (64, 4), (64, 3)):
+        if tile * stages * token_bytes <= SHARED_MEMORY:
+            return Launch(tile, warps=4, stages=stages, programs=1, heads_first=False)
+    return Launch(tile=16, warps=4, stages=4, programs=2, heads_first=False)
 
 
 def shares(k_BMGD: torch.Tensor, v_BMGE: torch.Tensor) -> bool:
@@ -206,11 +208,12 @@ def decode(
     queries = min(power_of_2(T), MOST_COLUMNS // heads)
     groups = math.ceil(T / queries) * G * math.ceil(H // G / heads)
     in_tile = D_padded + D_rest_padded + (0 if shared else E_padded + E_rest_padded)
-    launch = launch or choose_launch(queries * heads, E_padded + E_rest_padded, in_tile * itemsize, itemsize)
+    k, v = strides(k_BMGD), strides(v_BMGE)
+    launch = launch or choose_launch(in_tile * itemsize, min(k.unit, v.unit) * itemsize, itemsize)
 
-    n_programs = even_programs(
-        max(1, launch.programs * multiprocessors(device) // groups), B, queries * heads
-    )
+    # More segments of a row cost more to merge than they gain: 75 MB of one row of MLA take 97 µs, not 220 (H100).
+    most = min(launch.programs * multiprocessors(device) // groups, MOST_SEGMENTS * B)
+    n_programs = even_programs(max(1, most), B, queries * heads)
     n_segments = n_programs + B - 1
     o = torch.empty((n_segments, T, H, E_all), dtype=torch.float32, device=device)
     highest, total = torch.empty((2, n_segments, T, H), dtype=torch.float32, device=device)
@@ -218,7 +221,6 @@ def decode(
     ragged = lengths_B is not None
     lengths_B = None if lengths_B is None else lengths_B.contiguous()
     lengths = q_BTHD if lengths_B is None else lengths_B  # a pointer that is not used must still be one
-    k, v = strides(k_BMGD), strides(v_BMGE)
     pause = math.ceil(PAUSE_BYTES / (GRAIN * (width + (0 if shared else E_all)) * itemsize))
     least = max(GRAIN, min(launch.tile, LEAST_TOKENS))
     extra = {"launch_pdl": True} if OVERLAP else {}
