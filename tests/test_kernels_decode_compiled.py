@@ -59,7 +59,7 @@ for H, D, R, page in of_factors:
     compiled(factors_triton, torch.empty(16, 1, H, D, **half), *factors, 1.0, lengths, pages, new)
 for H, G, D, E, T in of_heads:
     k = torch.empty(16, 4096, G, D, **half)
-    v = k[..., :E] if E < D else torch.empty(16, 4096, G, E, **half)
+    v = k[..., :E] if G == 1 and E < D else torch.empty(16, 4096, G, E, **half)
     compiled(grouped_triton, torch.empty(16, T, H, D, **half), k, v, 1.0, lengths)
 """
 # Heads, head_dim, rank, page: tokens and heads on the wide side, deep pipelines, the most that fits, pages.
@@ -80,6 +80,10 @@ OF_HEADS = [
     (24, 3, 74, 74, 1),
     (32, 8, 128, 128, 4),
     (16, 16, 64, 64, 1),
+    (32, 1, 512, 256, 1),
+    (32, 2, 576, 512, 1),
+    (32, 2, 400, 400, 1),
+    (32, 2, 250, 250, 1),
 ]
 
 
@@ -92,7 +96,7 @@ def test_loads_are_pipelined_and_fit_the_chip(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     # Of each factor and rank, or of keys, of values that are not in them and of a rest of either, in front of the loop
     # and in it.
-    least = [2 * 4 * min(R, 2) for _, _, R, _ in OF_FACTORS] + [4, 4, 4, 6, 4, 4]
+    least = [2 * 4 * min(R, 2) for _, _, R, _ in OF_FACTORS] + [4, 4, 4, 6] + 6 * [4]
     lines = done.stdout.splitlines()
     for case, at_least, line in zip([*OF_FACTORS, *OF_HEADS], least, lines, strict=True):
         copies, shared, tensor_cores = map(int, line.split())

@@ -59,6 +59,25 @@ def test_values_that_are_the_first_features_of_the_keys(backend, T, H, D, E):
 
 
 @needs_interpreter
+def test_values_are_found_in_keys_of_one_head_however_they_are_spelt():
+    from kernels.decode import grouped_triton
+
+    latents = torch.randn(2, 64, 48)
+    keys = latents.unsqueeze(2)
+    assert grouped_triton.shares(keys, keys[..., :32])
+    assert grouped_triton.shares(keys, latents[..., :32].unsqueeze(2))
+    assert not grouped_triton.shares(keys, latents[..., 1:33].unsqueeze(2))
+    assert not grouped_triton.shares(keys, latents[..., :32].contiguous().unsqueeze(2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("B", "T"), [(0, 1), (2, 0)])
+def test_no_rows_and_no_queries(backend, B, T):
+    q, k = torch.randn(B, T, 4, 16), torch.randn(B, 9, 2, 16)
+    assert decode_grouped(q, k, k, scale=0.1, backend=backend).shape == (B, T, 4, 16)
+
+
+@needs_interpreter
 def test_without_lengths_all_queries_see_all():
     given = inputs(2, 12, 3, 74, 40, torch.float16)
     truth = attention(

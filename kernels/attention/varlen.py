@@ -57,7 +57,7 @@ def check_offsets(offsets: torch.Tensor, B: int, T: int) -> None:
         raise ValueError(
             f"attention: documents must not fall, fall from {int(offsets[n])} to {int(offsets[n + 1])}"
         )
-    rows_B = T * torch.arange(B)
+    rows_B = T * torch.arange(B, device=offsets.device)
     inside = ~torch.isin(rows_B, offsets)
     if inside.any():
         raise ValueError(

@@ -26,8 +26,6 @@ BASELINES = {
     "reference_s": ("the paper's kernel, 32 heads, rank 1", "tab:red"),
 }
 BASELINES_BESIDE = (32, 64, 1)
-# What matplotlib writes without another program; its pgf needs LaTeX.
-KINDS = ("jpg", "pdf", "png", "svg", "webp")
 NUMBERS = (
     *("heads", "head_dim", "rank", "batch", "tokens", "queries", "pages"),
     *("median_s", "share_of_copy_bandwidth"),
@@ -123,9 +121,12 @@ def draw(result: dict[str, Any], kind: str) -> bytes:
 
 def kind_of(picture: str) -> str:
     """Which kind of file a name asks for. Raises ValueError, in one sentence, for what cannot be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     kind = Path(picture).suffix.removeprefix(".")
-    if kind not in KINDS:
-        raise ValueError(f"{picture!r} is no name of a picture; allowed endings: .{', .'.join(KINDS)}")
+    kinds = sorted(FigureCanvasBase.filetypes.keys() - {"pgf"})  # which needs LaTeX
+    if kind not in kinds:
+        raise ValueError(f"{picture!r} is no name of a picture; allowed endings: .{', .'.join(kinds)}")
     why_not = files.why_not_writable(picture)
     if why_not:
         raise ValueError(f"{picture!r}: {why_not}")

@@ -209,10 +209,14 @@ def _check_new(new: New, factors: dict[str, torch.Tensor], B: int, T: int) -> No
             raise ValueError(
                 f"decode: new factors must be {(B, T, *factor.shape[2:])}, are {tuple(part.shape)}"
             )
-        check_floats("decode", {f"the new {name}": part})
-        if any(n > 1 and stride == 0 for n, stride in zip(factor.shape, factor.stride(), strict=True)):
+        if not part.dtype.is_floating_point:
+            check_floats("decode", {f"the new {name}": part})
+        strides = factor.stride()
+        if 0 in strides and any(
+            n > 1 and stride == 0 for n, stride in zip(factor.shape, strides, strict=True)
+        ):
             raise ValueError(
-                f"decode: {name} is expanded, strides {factor.stride()}: one write would change many numbers; new"
+                f"decode: {name} is expanded, strides {strides}: one write would change many numbers; new"
                 " must be None for it"
             )
 

@@ -9,7 +9,7 @@ As kernels/decode/triton.py shares and merges the work, with tokens on the wide 
 
 A width that is no power of 2 is cut into one and a rest (74 = 64 + 10, 288 = 256 + 32): padded to the next, as one
 product must be, 288 would take the room and the time of 512. Values that are the first E features of the keys (MLA's
-latent, of which keys have a turned key behind) are read once, and meet both products.
+latent, of which keys have a turned key behind) are read once, and meet both products; such keys are cut at E.
 """
 
 # Triton's own language is not Python's to a type checker, and the package may be absent.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.launch import Launch, even_programs, padded, power_of_2, strides
+from kernels.decode.launch import MOST_SHARED_MEMORY, Launch, even_programs, padded, power_of_2, strides
 from kernels.decode.merge import merge
 from kernels.decode.tiles import (
     INTERPRETED,
@@ -42,7 +42,6 @@ from kernels.decode.triton import GRAIN, LEAST_TOKENS, PAUSE_BYTES, multiprocess
 # Columns of a program: both products are of 64 tokens with them, and o stays in the registers.
 MOST_COLUMNS = 32
 MOST_SEGMENTS = 128
-SHARED_MEMORY = 200_000
 
 
 @triton.jit(
@@ -118,7 +117,7 @@ def _attend(
             start = first_token + past
             tokens_N = start + tl.arange(0, N)
             live_N = tokens_N < past_token
-            k_at = row.to(tl.int64) * k_row * K_UNIT + start * wide * K_TOKEN + kv_head * K_HEAD
+            k_at = row.to(tl.int64) * k_row * K_UNIT + start * wide * K_TOKEN + kv_head * wide * K_HEAD
             k_ND = load(k_ptr, k_at, live_N, features_D, N, K_TOKEN, D, D_PADDED)
             logits = dot(k_ND, q_DW, UPCAST)
             if D_REST > 0:
@@ -134,7 +133,7 @@ def _attend(
             if SHARED:
                 o_EW = o_EW * shrink_W[None, :] + dot(tl.trans(k_ND), weights, UPCAST)
             else:
-                v_at = row.to(tl.int64) * v_row * V_UNIT + start * wide * V_TOKEN + kv_head * V_HEAD
+                v_at = row.to(tl.int64) * v_row * V_UNIT + start * wide * V_TOKEN + kv_head * wide * V_HEAD
                 v_NE = load(v_ptr, v_at, live_N, features_E, N, V_TOKEN, E, E_PADDED)
                 o_EW = o_EW * shrink_W[None, :] + dot(tl.trans(v_NE), weights, UPCAST)
                 if E_REST > 0:
@@ -165,23 +164,30 @@ def parts(features: int) -> tuple[int, int]:
     return features, 0
 
 
-def choose_launch(token_bytes: int, unit_bytes: int, itemsize: int) -> Launch:
-    """By what a token takes in a tile and the loads that its alignment allows; measured on an H100 (bfloat16)."""
+# (tokens of a tile, stages, programs of a multiprocessor), the best first of those that fit; measured on an H100 in
+# bfloat16: the widest that many stages allow, and small tiles in two programs where rows are as wide as MLA's of 512.
+ALIGNED = ((128, 3, 1), (64, 4, 1), (64, 3, 1), (16, 4, 2), (16, 2, 1))
+# Of loads of less than 8 bytes there are many: more programs to wait for them.
+UNALIGNED = ((64, 2, 4), (16, 4, 2), (16, 2, 1))
+
+
+def choose_launch(token_bytes: int, query_bytes: int, unit_bytes: int, itemsize: int) -> Launch:
+    """By what a tile takes for each token, what queries take, and the loads that the alignment allows."""
     if itemsize == 4:  # no tensor cores at full precision
         return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
-    if unit_bytes < 8:  # many small loads: more programs to wait for them
-        return Launch(tile=64, warps=4, stages=2, programs=4, heads_first=False)
-    for tile, stages in ((128, 3), (64, 4), (64, 3)):
-        if tile * stages * token_bytes <= SHARED_MEMORY:
-            return Launch(tile, warps=4, stages=stages, programs=1, heads_first=False)
-    return Launch(tile=16, warps=4, stages=4, programs=2, heads_first=False)
+    tile, stages, programs = next(
+        (tile, stages, programs)
+        for tile, stages, programs in (ALIGNED if unit_bytes >= 8 else UNALIGNED)
+        if tile * (stages * token_bytes + MOST_COLUMNS * itemsize) + query_bytes <= MOST_SHARED_MEMORY
+    )
+    return Launch(tile, 4, stages, programs, heads_first=False)
 
 
 def shares(k_BMGD: torch.Tensor, v_BMGE: torch.Tensor) -> bool:
     """Whether values are the first features of the keys, in the same memory."""
     return (
         k_BMGD.data_ptr() == v_BMGE.data_ptr()
-        and k_BMGD.stride() == v_BMGE.stride()
+        and strides(k_BMGD) == strides(v_BMGE)
         and k_BMGD.shape[-1] >= v_BMGE.shape[-1]
     )
 
@@ -209,7 +215,12 @@ def decode(
     groups = math.ceil(T / queries) * G * math.ceil(H // G / heads)
     in_tile = D_padded + D_rest_padded + (0 if shared else E_padded + E_rest_padded)
     k, v = strides(k_BMGD), strides(v_BMGE)
-    launch = launch or choose_launch(in_tile * itemsize, min(k.unit, v.unit) * itemsize, itemsize)
+    launch = launch or choose_launch(
+        in_tile * itemsize,
+        (D_padded + D_rest_padded) * queries * heads * itemsize,
+        min(k.unit, v.unit) * itemsize,
+        itemsize,
+    )
 
     # More segments of a row cost more to merge than they gain: 75 MB of one row of MLA take 97 µs, not 220 (H100).
     most = min(launch.programs * multiprocessors(device) // groups, MOST_SEGMENTS * B)

@@ -41,7 +41,10 @@ def check_files(options: argparse.Namespace, *names: str) -> None:
             continue
         why_not = files.why_not_writable(file)
         require(why_not is None, f"--{name}", file, why_not or "")
-        other = taken.setdefault(files.target(file), name)
+        path = files.target(file)
+        if path.exists() and not path.is_file():  # a pipe, a terminal or /dev/null takes both
+            continue
+        other = taken.setdefault(path, name)
         require(other == name, f"--{name}", file, f"--{other} is written there; name another file")
 
 
