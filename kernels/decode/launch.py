@@ -115,7 +115,9 @@ def choose_launch(
     beside = W * max(padded(D), padded(E)) * dtype.itemsize if heads_first else 0
     most_bytes = min(SHARED_MEMORY, MOST_SHARED_MEMORY - beside)
     if W == 128 and heads == 64 and 3 * 32 * token_bytes <= most_bytes:
-        return Launch(tile=32, warps=4, stages=3, programs=1, heads_first=True)
+        # Of wider heads, four warps would keep a part of o outside their registers.
+        wide = max(padded(D), padded(E)) > 64
+        return Launch(tile=32, warps=8 if wide else 4, stages=3, programs=1, heads_first=True)
     if W == 128 and heads <= 32 and token_bytes <= 400:
         return Launch(tile=32, warps=4, stages=4, programs=2, heads_first=True)
     if direct and W == heads == 64 and max(padded(D), padded(E)) <= 64:
