@@ -198,7 +198,6 @@ def decode(
     v_BMGE: torch.Tensor,
     scale: float,
     lengths_B: torch.Tensor | None = None,
-    launch: Launch | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.grouped.decode_grouped`."""
     B, T, H, width = q_BTHD.shape
@@ -215,7 +214,7 @@ def decode(
     groups = math.ceil(T / queries) * G * math.ceil(H // G / heads)
     in_tile = D_padded + D_rest_padded + (0 if shared else E_padded + E_rest_padded)
     k, v = strides(k_BMGD), strides(v_BMGE)
-    launch = launch or choose_launch(
+    launch = choose_launch(
         in_tile * itemsize,
         (D_padded + D_rest_padded) * queries * heads * itemsize,
         min(k.unit, v.unit) * itemsize,
