@@ -253,19 +253,41 @@ def test_mixed_dtypes_take_a_backend_that_can():
     assert_close(found, decode(**inputs, scale=0.3, backend="plain"), torch.float32)
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("H", [8, 16, 34, 47, 64, 78, 128, 200])
-def test_no_launch_wants_more_shared_memory_than_there_is(H, D, direct):
+def test_no_launch_wants_more_shared_memory_than_there_is(H, D, wide):
     """By what Triton 3.6 takes for sm_90: the tiles on their way and, with heads first, weights as wide as q."""
+    widest = launch.padded(D)
     for T, R in itertools.product((1, 2, 4, 16), range(1, 17)):
-        widest = launch.padded(D)
         queries, heads = launch.columns(T, H, widest)
-        chosen = launch.choose_launch(queries, heads, widest, widest, R, R, torch.bfloat16, 0, direct)
-        tiles = chosen.stages * chosen.tile * 2 * R * (widest + heads) * 2
-        beside = queries * heads * widest * 2 if chosen.heads_first else 0
-        assert chosen.stages == 1 or tiles + beside <= 232_448
-        assert chosen.stages == 1 or chosen.programs * (tiles + beside + 1024) <= 233_472
+        groups = -(-T // queries) * -(-H // heads)
+        for cached, turned in ((widest, 0), (widest, widest), (widest // 4, 0)):
+            work = launch.Work(
+                queries,
+                heads,
+                groups,
+                (widest, widest),
+                (cached, cached),
+                (R, R),
+                torch.bfloat16,
+                turned,
+                wide,
+            )
+            chosen = launch.choose_launch(work)
+            tiles = chosen.stages * chosen.tile * 2 * R * (cached + heads) * 2
+            beside = queries * heads * widest * 2 if chosen.heads_first else 0
+            assert chosen.stages == 1 or tiles + beside <= 232_448
+            assert chosen.stages == 1 or chosen.programs * (tiles + beside + 1024) <= 233_472
+
+
+@pytest.mark.parametrize("width", [16, 64, 128, 512])
+def test_columns_of_a_program_are_bounded_and_no_program_is_idle(width):
+    for T, H in itertools.product((1, 2, 3, 4, 8, 16), (8, 16, 34, 47, 78, 200)):
+        queries, heads = launch.columns(T, H, width)
+        assert queries * heads <= (256 if T == 1 else 128), (T, H)
+        assert queries < 2 * T, (T, H)
+        assert heads < 2 * max(H, 16), (T, H)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS, "triton"])

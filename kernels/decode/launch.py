@@ -4,7 +4,7 @@ Shapes: see kernels/decode/triton.py; W columns, one for each (query token, head
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ import torch
 SHARED_MEMORY = 222_000
 # What one program may have of it at most, with a little to spare.
 MOST_SHARED_MEMORY = 226 * 1024
+# Who takes so much is alone on a multiprocessor.
+ALONE = 116_000
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Launch:
     stages      of the load pipeline
     programs    per multiprocessor
     heads_first the products have heads, not tokens, on their wide side
+    overlap     it starts while the kernel in front of it ends
     """
 
     tile: int
@@ -31,6 +34,7 @@ class Launch:
     stages: int
     programs: int
     heads_first: bool
+    overlap: bool = True
 
 
 def power_of_2(n: int) -> int:
@@ -79,63 +83,168 @@ def padded_row(b: int, c: int) -> tuple[int, int]:
 
 def columns(T: int, H: int, widest: int) -> tuple[int, int]:
     """(query tokens, heads) of one program, powers of 2: their product is bounded by the registers of o."""
-    most = max(32, min(256, 16384 // padded(widest)))
-    heads = min(padded(H), most)
-    if heads >= 64:
-        most = 128
-    return min(power_of_2(T), max(1, most // heads)), heads
+    width = padded(widest)
+    queries, heads = power_of_2(T), padded(H)
+    if queries == 1:
+        return 1, min(heads, max(32, min(256, 16384 // width)))
+    if heads <= 32 and queries * heads <= min(128, 16384 // width):
+        return queries, heads
+    # Of several programs each takes many queries of a few heads, whose factors they share: 4 queries of 48 heads of
+    # 64, rank 2, take 152 µs instead of 272 with 2 queries of 64 heads (270 MB, H100).
+    most = max(16, min(128, 8192 // width))
+    heads = min(heads, 32, max(16, most // queries))
+    return min(queries, most // heads), heads
 
 
-def choose_launch(
-    queries: int,
-    heads: int,
-    D: int,
-    E: int,
-    S: int,
-    U: int,
-    dtype: torch.dtype,
-    turned: int,
-    direct: bool,
-) -> Launch:
-    """By what a program must hold, never by batch or length; the limits are from measurements on an H100.
+@dataclass(frozen=True)
+class Work:
+    """What the first kernel is to be cut up for.
 
-    `turned` features of each token's keys come with their partners, cosines and sines. `direct`: what the products take
-    is what is cached, in loads of 8 bytes or more.
+    queries, heads  of a program's columns
+    groups          of columns that go over the same tokens
+    widths          padded features of keys and values in the products
+    cached          of each rank in the cache: less, where rows are made with a further factor
+    ranks           of K and V
+    dtype           of the cache
+    turned          features of each token's keys that come with their partners, cosines and sines
+    wide            all loads are of 8 bytes or more
     """
-    if dtype == torch.float32:
+
+    queries: int
+    heads: int
+    groups: int
+    widths: tuple[int, int]
+    cached: tuple[int, int]
+    ranks: tuple[int, int]
+    dtype: torch.dtype
+    turned: int = 0
+    wide: bool = True
+
+    @property
+    def columns(self) -> int:
+        return self.queries * self.heads
+
+    @property
+    def heads_first(self) -> bool:
+        return self.columns >= 64
+
+    @property
+    def beside(self) -> int:
+        """Bytes beside the tiles: with heads first, weights go to the second product as wide as q."""
+        return self.columns * max(self.widths) * self.dtype.itemsize if self.heads_first else 0
+
+    def token_bytes(self, features: tuple[int, int]) -> int:
+        elements = sum(rank * (self.heads + width) for rank, width in zip(self.ranks, features, strict=True))
+        return elements * self.dtype.itemsize + self.turned * (self.ranks[0] * self.dtype.itemsize + 2)
+
+    def tile(self, *most_bytes: tuple[int, int]) -> int:
+        """The first (tile, most bytes) that holds, as its tokens are in the products; else 16."""
+        token_bytes = self.token_bytes(self.widths)
+        return next((tile for tile, most in most_bytes if tile * token_bytes <= most), 16)
+
+    def fits(self, tile: int, warps: int, stages: int, programs: int) -> bool:
+        tiles = stages * tile * self.token_bytes(self.cached)
+        if programs == 1:
+            return tiles <= min(SHARED_MEMORY, MOST_SHARED_MEMORY - self.beside)
+        return programs * (tiles + self.beside) <= SHARED_MEMORY
+
+
+# (tile, warps, stages, programs)
+Wanted = list[tuple[int, int, int, int]]
+
+
+def choose_launch(work: Work) -> Launch:
+    """By what a program must hold, never by batch or length; the choices are from measurements on an H100."""
+    if work.dtype == torch.float32:
         # No tensor cores at full precision: small tiles, or the operands leave the registers.
         return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
-    if max(padded(D), padded(E)) > 256:
+    if max(work.widths) > 256:
         return Launch(tile=16, warps=4, stages=3, programs=2, heads_first=False)
-    W = queries * heads
-    heads_first = W >= 64
-    token_bytes = (S * (padded(D) + heads) + U * (padded(E) + heads)) * dtype.itemsize
-    token_bytes += turned * (S * dtype.itemsize + 8)
-    # With heads on the wide side weights go through shared memory on their way to the second product, as wide as q.
-    beside = W * max(padded(D), padded(E)) * dtype.itemsize if heads_first else 0
-    most_bytes = min(SHARED_MEMORY, MOST_SHARED_MEMORY - beside)
-    if W == 128 and heads == 64 and 3 * 32 * token_bytes <= most_bytes:
-        # Of wider heads, four warps would keep a part of o outside their registers.
-        wide = max(padded(D), padded(E)) > 64
-        return Launch(tile=32, warps=8 if wide else 4, stages=3, programs=1, heads_first=True)
-    if W == 128 and heads <= 32 and token_bytes <= 400:
-        return Launch(tile=32, warps=4, stages=4, programs=2, heads_first=True)
-    if direct and W == heads == 64 and max(padded(D), padded(E)) <= 64:
-        # One program with more stages instead of two: nearly as many bytes on their way, and room for the merge beside.
-        tile = next((n for n in (64, 32, 16) if n * token_bytes <= 33_000), 0)
-        if tile:
-            return Launch(tile, warps=4, stages=4, programs=1, heads_first=True)
-    warps = 8 if W >= 128 else 4
-    widest = 128 if not heads_first else 64 if W <= 128 else 32
-    sizes = ((128, 50_000), (64, 50_000), (32, 74_000 if direct and not heads_first else 66_000))
-    tile = next((n for n, most in sizes if n <= widest and n * token_bytes <= most), 16)
-    stages = min(4 if direct and heads == 128 else 3, most_bytes // (tile * token_bytes))
-    if stages < 2:
-        # Too much at once for a pipeline: each factor is loaded when it is used.
-        return Launch(tile=32, warps=warps, stages=1, programs=2, heads_first=heads_first)
-    two_fit = 2 * (stages * tile * token_bytes + beside) <= SHARED_MEMORY
-    programs = 2 if two_fit and warps == 4 and (heads_first or tile == 16) else 1
-    return Launch(tile, warps, stages, programs, heads_first)
+    if work.columns >= 128:
+        wanted = _for_many_columns(work)
+    elif work.cached != work.widths:
+        wanted = _for_made_rows(work)
+    elif work.turned:
+        wanted = _for_turned_rows(work)
+    elif work.heads_first:
+        wanted = _for_many_columns(work)
+    else:
+        wanted = _for_few_columns(work)
+    wanted += [(16, 4, 3, 2), (16, 4, 2, 2), (16, 4, 3, 1), (16, 4, 2, 1)]
+    # Too much at once for a pipeline: each factor is loaded when it is used.
+    tile, warps, stages, programs = next((x for x in wanted if work.fits(*x)), (32, wanted[0][1], 1, 2))
+    launch = Launch(tile, warps, stages, programs, work.heads_first)
+    return replace(launch, overlap=not _leaves_room(work, launch))
+
+
+def _leaves_room(work: Work, launch: Launch) -> bool:
+    """Whether one program more than there are would fit on a multiprocessor.
+
+    While the kernel in front still has some of them, the hardware then puts programs together and leaves others
+    without: 32 heads of 128, rank 2, take 228 µs, or 245 to 260; 32 heads with a shared b, one program where two fit,
+    took 297 or 459. Not to overlap costs half a microsecond. Programs of many columns, and those that make or turn
+    rows, have too many registers for one more.
+    """
+    if work.heads_first or work.turned or work.cached != work.widths:
+        return False
+    # Triton keeps less than all factors of a small tile on their way.
+    kept = {128: 0.98, 64: 0.94}.get(launch.tile, 0.81)
+    taken = kept * launch.stages * launch.tile * work.token_bytes(work.cached) + 1024
+    return (launch.programs + 1) * taken <= 228 * 1024
+
+
+def _for_made_rows(work: Work) -> Wanted:
+    """b and c are narrow: what bounds a tile is the rows that it makes of them."""
+    if work.heads_first:
+        tile = work.tile((64, 66_000), (32, 66_000))
+        return [(tile, 4, 3, 2), (tile, 4, 2, 2)]
+    if work.heads == 16 and sum(work.ranks) <= 4:
+        return [(work.tile((128, 41_000), (64, 41_000), (32, 41_000)), 4, 2, 3)]
+    return [(work.tile((128, 100_000), (64, 100_000), (32, 100_000)), 4, 2, 2)]
+
+
+def _for_turned_rows(work: Work) -> Wanted:
+    most = 62_000 if work.heads == 16 else 45_500
+    tile = work.tile((64, most), (32, most))
+    deep = work.heads_first or work.ranks[0] > 1
+    return [(tile, 4, 3, 2)] * deep + [(tile, 4, 2, 2)]
+
+
+def _for_many_columns(work: Work) -> Wanted:
+    if work.columns > 128 or work.heads == 128:
+        tile = work.tile((32, 66_000)) if work.columns > 128 else work.tile((64, 66_000), (32, 66_000))
+        return [(tile, 8, 3, 1), (tile, 8, 2, 1)]
+    if work.queries > 1 and (work.columns == 64 or work.groups > 1):
+        tile = work.tile((64, 25_000), (32, 25_000))
+        return [(tile, 4, 3, 2), (tile, 4, 2, 2)]
+    if work.columns == 128:
+        if work.token_bytes(work.widths) <= 400:
+            return [(32, 4, 4, 2)]
+        tile = work.tile((64, 50_000), (32, 66_000))
+        return [(tile, 8, 3, 1), (tile, 8, 2, 1)]
+    if work.wide and max(work.widths) <= 64:
+        # One program with more stages instead of two: as many bytes on their way, and room for the merge beside.
+        tile = work.tile((64, 33_000), (32, 33_000))
+        alone = 4 * tile * work.token_bytes(work.widths) >= ALONE
+        return [(tile, 4, 4, 1) if alone else (tile, 4, 3, 2)]
+    tile = work.tile((64, 50_000), (32, 66_000))
+    return [(tile, 4, 3, 2), (tile, 4, 3, 1), (tile, 4, 2, 1)]
+
+
+def _for_few_columns(work: Work) -> Wanted:
+    if not work.wide:
+        tile = work.tile((128, 50_000), (64, 50_000), (32, 66_000))
+        return [(tile, 4, 3, 1), (tile, 4, 2, 1)]
+    if max(work.widths) <= 32:
+        tile = work.tile((128, 50_000), (64, 50_000), (32, 50_000))
+        return [(tile, 4, 3, 2), (tile, 4, 2, 2)]
+    tile = work.tile((128, 50_000), (64, 62_000), (32, 74_000))
+    if work.heads == 16 and tile == 16:
+        # Too little for four warps.
+        return [(16, 2, 2, 2)]
+    if work.heads == 32 and tile == 32 and max(work.widths) <= 128 and work.tile((32, 46_000)) == 32:
+        return [(16, 4, 3, 2)]
+    return [(tile, 4, 3, 1), (tile, 4, 2, 1)]
 
 
 def even_programs(most: int, rows: int, columns: int) -> int:
