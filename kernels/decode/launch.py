@@ -89,8 +89,8 @@ def columns(T: int, H: int, widest: int) -> tuple[int, int]:
         return 1, min(heads, max(32, min(256, 16384 // width)))
     if heads <= 32 and queries * heads <= min(128, 16384 // width):
         return queries, heads
-    # Of several programs each takes many queries of a few heads, whose factors they share: 4 queries of 48 heads of
-    # 64, rank 2, take 152 µs instead of 272 with 2 queries of 64 heads (270 MB, H100).
+    # Of several programs each takes many queries of a few heads, whose factors they share: 4 queries of 47 heads of
+    # 64 take 241 µs instead of 276 with 2 queries of 64 heads at rank 2, 298 instead of 738 at rank 4 (H100).
     most = max(16, min(128, 8192 // width))
     heads = min(heads, 32, max(16, most // queries))
     return min(queries, most // heads), heads
