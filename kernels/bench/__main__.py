@@ -82,6 +82,11 @@ def build_parser() -> Parser:
                 help="the Triton kernel over heads, ranks, lengths and layouts beside SDPA (needs a GPU)",
             )
             sub.add_argument(
+                "--launches",
+                action="store_true",
+                help="all launches of the Triton kernel beside the one that it takes (needs a GPU)",
+            )
+            sub.add_argument(
                 "--reference",
                 type=Path,
                 metavar="DIR",
@@ -147,21 +152,27 @@ def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace)
 
 
 def decode_table(sizes: list[str], arguments: argparse.Namespace) -> tuple[dict, str]:
-    """The decode kernel over its table of cases. Raises ValueError, in one sentence, for what cannot run."""
+    """The decode kernel over a table of cases or launches. Raises ValueError, in one sentence, for what cannot run."""
+    option = "--launches" if arguments.launches else "--table"
     named = [*sizes, *(name for name in ("dtype", "seconds") if getattr(arguments, name) is not None)]
+    if arguments.launches:
+        named += [name for name in ("table", "reference") if getattr(arguments, name)]
     if named:
         raise ValueError(
-            f"--table has its own sizes, dtype and repetitions: leave out --{named[0].replace('_', '-')}"
+            f"{option} has its own sizes, dtype and repetitions: leave out --{named[0].replace('_', '-')}"
         )
     import torch
 
     from kernels.place import TRITON_IS_INSTALLED
 
     if arguments.device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
-        raise ValueError("--table times the Triton kernel: it needs a CUDA device and the package triton")
-    from kernels.bench import decode_table
+        raise ValueError(f"{option} times the Triton kernel: it needs a CUDA device and the package triton")
+    from kernels.bench import decode_launches, decode_table
     from kernels.bench.others import Reference
 
+    if arguments.launches:
+        result = decode_launches.run(torch.device("cuda"))
+        return result, decode_launches.table(result)
     folder = arguments.reference
     result = decode_table.run(torch.device("cuda"), reference=Reference(folder) if folder else None)
     return result, decode_table.table(result)
@@ -180,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     try:
         named = [name for name, size in given.items() if size]
-        if getattr(arguments, "table", False):
+        if getattr(arguments, "table", False) or getattr(arguments, "launches", False):
             result, table = decode_table(named, arguments)
         elif getattr(arguments, "paper", False):
             result, table = paper_sizes(arguments.operation, named, arguments)

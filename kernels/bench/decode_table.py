@@ -172,9 +172,7 @@ def run(
 def table(result: dict[str, Any]) -> str:
     """Markdown, one row a case."""
     lines = [
-        f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, {result['dtype']}, commit"
-        f" {result['git_commit'] or 'unknown'}, {result['date']}; copy"
-        f" {result['copy_bytes_per_second'] / 1e9:.0f} GB/s; {result['recompilations']} recompilations",
+        f"{where(result)}; {result['recompilations']} recompilations",
     ]
     for group in _groups(result):
         lines += [
@@ -210,6 +208,15 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines += map(_other_line, result["others"])
     return "\n".join(lines)
+
+
+def where(result: dict[str, Any]) -> str:
+    """Device, versions, commit, date and the copy's bandwidth."""
+    return (
+        f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, {result['dtype']}, commit"
+        f" {result['git_commit'] or 'unknown'}, {result['date']}; copy"
+        f" {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+    )
 
 
 def _other_line(row: dict[str, Any]) -> str:
@@ -316,6 +323,11 @@ def _lengths(case: Case, n_calls: int, device: torch.device) -> tuple[list[torch
 
 
 def _tpa_times(case: Case, device: torch.device) -> list[float]:
+    return graph_times(tpa_calls(case, device))
+
+
+def tpa_calls(case: Case, device: torch.device) -> list[Callable[[], torch.Tensor]]:
+    """Calls of the Triton kernel with lengths that grow, round caches of more than 256 MB together."""
     torch.cuda.empty_cache()
     n_caches = max(1, math.ceil(ROTATED_BYTES / case.n_bytes))
     n_calls = min(MOST_CALLS, max(FEWEST_CALLS, n_caches))
@@ -357,7 +369,7 @@ def _tpa_times(case: Case, device: torch.device) -> list[float]:
             backend="triton",
         )
 
-    return graph_times([partial(call, i) for i in range(n_calls)])
+    return [partial(call, i) for i in range(n_calls)]
 
 
 def _baselines(case: Case, device: torch.device, reference: Reference | None) -> dict[str, float | None]:

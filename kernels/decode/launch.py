@@ -174,10 +174,10 @@ def choose_launch(work: Work) -> Launch:
     # Too much at once for a pipeline: each factor is loaded when it is used.
     tile, warps, stages, programs = next((x for x in wanted if work.fits(*x)), (32, wanted[0][1], 1, 2))
     launch = Launch(tile, warps, stages, programs, work.heads_first)
-    return replace(launch, overlap=not _leaves_room(work, launch))
+    return replace(launch, overlap=not leaves_room(work, launch))
 
 
-def _leaves_room(work: Work, launch: Launch) -> bool:
+def leaves_room(work: Work, launch: Launch) -> bool:
     """Whether one program more than there are would fit on a multiprocessor.
 
     While the kernel in front still has some of them, the hardware then puts programs together and leaves others
