@@ -38,6 +38,7 @@ def merge_segments(
     columns_W = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     n_grains = 0
     row_begin = 0
+    # Lengths are read before the wait: they are older than the first kernel, which starts this one after its own wait.
     grains = grains_of(lengths_ptr, tl.arange(0, ROWS), n_rows, capacity, RAGGED, GRAIN)
     pause = pause_of(grains, lengths_ptr, n_rows, capacity, n_programs, RAGGED, GRAIN, PAUSE, LEAST, ROWS)
     for first in range(0, n_rows, ROWS):
