@@ -144,6 +144,10 @@ class Work:
 
     def fits(self, tile: int, warps: int, stages: int, programs: int) -> bool:
         tiles = stages * tile * self.token_bytes(self.cached)
+        if self.heads_first:
+            # As Triton 3.6 and 3.7 keep what turns, by compiling for sm_90.
+            more = 12 - 4 * self.ranks[0] if stages > 2 else 4 - 2 * self.ranks[0]
+            tiles += tile * self.turned * max(0, more)
         if programs == 1:
             return tiles <= min(SHARED_MEMORY, MOST_SHARED_MEMORY - self.beside)
         return programs * (tiles + self.beside) <= SHARED_MEMORY
@@ -157,10 +161,11 @@ def choose_launch(work: Work) -> Launch:
     """By what a program must hold, never by batch or length; the choices are from measurements on an H100."""
     if work.dtype == torch.float32:
         # No tensor cores at full precision: small tiles, or the operands leave the registers.
-        return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False)
+        return Launch(tile=16, warps=4, stages=1, programs=2, heads_first=False, overlap=False)
+    wanted: Wanted = []
     if max(work.widths) > 256:
-        return Launch(tile=16, warps=4, stages=3, programs=2, heads_first=False)
-    if work.columns >= 128:
+        pass  # the smallest tile
+    elif work.columns >= 128:
         wanted = _for_many_columns(work)
     elif work.cached != work.widths:
         wanted = _for_made_rows(work)
@@ -172,8 +177,8 @@ def choose_launch(work: Work) -> Launch:
         wanted = _for_few_columns(work)
     wanted += [(16, 4, 3, 2), (16, 4, 2, 2), (16, 4, 3, 1), (16, 4, 2, 1)]
     # Too much at once for a pipeline: each factor is loaded when it is used.
-    tile, warps, stages, programs = next((x for x in wanted if work.fits(*x)), (32, wanted[0][1], 1, 2))
-    launch = Launch(tile, warps, stages, programs, work.heads_first)
+    unstaged = (32, 8, 1, 1) if wanted[0][1] == 8 else (32, 4, 1, 2)
+    launch = Launch(*next((x for x in wanted if work.fits(*x)), unstaged), work.heads_first)
     return replace(launch, overlap=not leaves_room(work, launch))
 
 
@@ -187,6 +192,8 @@ def leaves_room(work: Work, launch: Launch) -> bool:
     """
     if work.heads_first or work.turned or work.cached != work.widths:
         return False
+    if launch.warps == 2 or launch.stages == 1 or not work.wide:
+        return True
     # Triton keeps less than all factors of a small tile on their way.
     kept = {128: 0.98, 64: 0.94}.get(launch.tile, 0.81)
     taken = kept * launch.stages * launch.tile * work.token_bytes(work.cached) + 1024
@@ -198,8 +205,9 @@ def _for_made_rows(work: Work) -> Wanted:
     if work.heads_first:
         tile = work.tile((64, 66_000), (32, 66_000))
         return [(tile, 4, 3, 2), (tile, 4, 2, 2)]
-    if work.heads == 16 and sum(work.ranks) <= 4:
-        return [(work.tile((128, 41_000), (64, 41_000), (32, 41_000)), 4, 2, 3)]
+    if work.heads == 16 and max(work.widths) == 64 and max(work.cached) <= 16 and max(work.ranks) <= 2:
+        # Of wider rows three have too many registers.
+        return [(work.tile((128, 41_000), (64, 41_000)), 4, 2, 3)]
     return [(work.tile((128, 100_000), (64, 100_000), (32, 100_000)), 4, 2, 2)]
 
 
@@ -239,7 +247,7 @@ def _for_few_columns(work: Work) -> Wanted:
         tile = work.tile((128, 50_000), (64, 50_000), (32, 50_000))
         return [(tile, 4, 3, 2), (tile, 4, 2, 2)]
     tile = work.tile((128, 50_000), (64, 62_000), (32, 74_000))
-    if work.heads == 16 and tile == 16:
+    if work.heads == 16 and tile == 16 and max(work.widths) <= 128:
         # Too little for four warps.
         return [(16, 2, 2, 2)]
     if work.heads == 32 and tile == 32 and max(work.widths) <= 128 and work.tile((32, 46_000)) == 32:

@@ -108,6 +108,6 @@ def merge(
         o, highest, total, lengths_B if ragged else highest, out, B, capacity, n_programs, T * H,
         RAGGED=ragged, GRAIN=grain, PAUSE=pause, E=E, E_PART=part, U=U, LEAST=least,
         SEGMENTS=segments, COLUMNS=width, ROWS=ROWS, OVERLAP=OVERLAP,
-        num_warps=min(16, max(1, segments * width * part // (64 * 32))),
+        num_warps=max(1, segments * width * part // (64 * 32)),
         **({"launch_pdl": True} if OVERLAP else {}),
     )  # fmt: skip
