@@ -8,7 +8,7 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from kernels.bench import others
 from kernels.bench.others import Reference
 from kernels.bench.report import environment
-from kernels.bench.timing import HEAD_START_CYCLES, copy_bandwidth, median, quantile
+from kernels.bench.timing import copy_bandwidth, event_seconds, graph_times, median, quantile
 from kernels.decode import decode, layout
 from kernels.decode.grouped import decode_grouped
 
@@ -28,7 +28,6 @@ ROTATED_BYTES = 2.56e8
 FEWEST_CALLS, MOST_CALLS = 16, 64
 # What growing lengths shorten the first call by, at most.
 GROWTH = MOST_CALLS
-REPLAYS = 20
 
 
 @dataclass(frozen=True)
@@ -407,32 +406,8 @@ def _baselines(case: Case, device: torch.device, reference: Reference | None) ->
         q_BTHD = q_BHTD.transpose(1, 2)
         run = torch.no_grad()(lambda: decode(q_BTHD, *factors, scale=D**-0.5, backend="plain"))
         run()
-        found["plain_s"] = median([_event_seconds(run) for _ in range(3)])
+        found["plain_s"] = median([event_seconds(run) for _ in range(3)])
     return found
-
-
-def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Seconds of one call, from each replay of one graph of all of them."""
-    with torch.no_grad():
-        calls[0]()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        return [_event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS)]
-
-
-def _event_seconds(run: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # The device waits while the host starts the graph: that takes it several microseconds.
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def _recompilations(device: torch.device) -> int:

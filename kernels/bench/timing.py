@@ -10,6 +10,8 @@ MAX_REPEATS = 200
 # Written between timed calls on a GPU: larger than any L2 cache, so that every call starts from memory.
 FLUSH_BYTES = 256 * 2**20
 HEAD_START_CYCLES = 2_000_000  # about a millisecond
+# Of one graph.
+REPLAYS = 20
 
 
 def time_in_turn(
@@ -30,6 +32,31 @@ def time_in_turn(
         for function, mine in zip(functions, times, strict=True):
             mine.append(time_once(function))
     return times
+
+
+def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of one call, from each replay of one graph of all of them."""
+    with torch.no_grad():
+        calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        return [event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS)]
+
+
+def event_seconds(run: Callable[[], object]) -> float:
+    """Of the device, which waits while the host starts `run`."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The device waits while the host starts the graph: that takes it several microseconds.
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
