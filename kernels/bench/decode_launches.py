@@ -66,7 +66,7 @@ def candidates(work: Work) -> list[Launch]:
     for tile, n_warps, stages, programs in product((128, 64, 32, 16), warps, (2, 3, 4), (1, 2, 3)):
         tile_bytes = tile * work.token_bytes(work.widths)
         enough = programs * stages * tile_bytes >= FEWEST_BYTES and tile_bytes <= MOST_TILE_BYTES
-        if enough and work.fits(tile, n_warps, stages, programs):
+        if enough and work.page % tile == 0 and work.fits(tile, n_warps, stages, programs):
             launch = Launch(tile, n_warps, stages, programs, work.heads_first)
             found.append(replace(launch, overlap=not leaves_room(work, launch)))
     return list(dict.fromkeys(found))

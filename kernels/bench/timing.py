@@ -48,9 +48,8 @@ def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def event_seconds(run: Callable[[], object]) -> float:
-    """Of the device, which waits while the host starts `run`."""
+    """Of the device, which waits while the host starts `run`: what lies between the events is the device's time."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # The device waits while the host starts the graph: that takes it several microseconds.
     torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     run()
@@ -87,14 +86,7 @@ def _cuda_timer(device: torch.device) -> Callable[[Callable[[], object]], float]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def time_once(function: Callable[[], object]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        # The host enqueues everything while the device waits: what lies between the events is the device's time.
-        torch.cuda._sleep(HEAD_START_CYCLES)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return event_seconds(function)
 
     return time_once

@@ -108,6 +108,7 @@ class Work:
     dtype           of the cache
     turned          features of each token's keys that come with their partners, cosines and sines
     wide            all loads are of 8 bytes or more
+    page            tokens of a page, a multiple of 64; 0 for none
     """
 
     queries: int
@@ -119,6 +120,7 @@ class Work:
     dtype: torch.dtype
     turned: int = 0
     wide: bool = True
+    page: int = 0
 
     @property
     def columns(self) -> int:
@@ -179,6 +181,9 @@ def choose_launch(work: Work) -> Launch:
     # Too much at once for a pipeline: each factor is loaded when it is used.
     unstaged = (32, 8, 1, 1) if wanted[0][1] == 8 else (32, 4, 1, 2)
     launch = Launch(*next((x for x in wanted if work.fits(*x)), unstaged), work.heads_first)
+    if work.page % launch.tile:
+        # Half the tile: as much on its way with twice the programs.
+        launch = replace(launch, tile=64, programs=2 * launch.programs)
     return replace(launch, overlap=not leaves_room(work, launch))
 
 

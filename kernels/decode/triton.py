@@ -26,7 +26,6 @@ segments of each row in their order, so that equal inputs give equal bits.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
@@ -362,11 +361,9 @@ def decode(
     if launch is None:
         cached = P_PADDED + (C_PADDED if C else 0), X_PADDED + (Y_PADDED if Y else 0)
         wide = min(a_k.unit, b_k.unit, a_v.unit, b_v.unit) * q_BTHD.element_size() >= 8
-        work = Work(queries, heads, groups, widths, cached, (S, U), q_BTHD.dtype, rows.turned, wide)
+        of_page = 0 if pages is None else page
+        work = Work(queries, heads, groups, widths, cached, (S, U), q_BTHD.dtype, rows.turned, wide, of_page)
         launch = choose_launch(work)
-    if pages is not None and page % launch.tile:
-        # Half the tile: as much on its way with twice the programs.
-        launch = replace(launch, tile=64, programs=2 * launch.programs)
     cos = sin = q_BTHD
     turn_row = turn_token = 0
     if rows.turned:
