@@ -5,14 +5,14 @@ Importing this package is light; the data modules (and Lightning with them) load
 
 from typing import TYPE_CHECKING, Any
 
-from datamodules.errors import BadData
+from t6_lightning.common.errors import BadInput
 
 if TYPE_CHECKING:
     from datamodules.corpora import C4, FineWebEdu, Mixture, Pile, Pixels, PythonDocs, TextFiles
 
 DATA_MODULES = ("C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles")
 
-__all__ = ["C4", "BadData", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
+__all__ = ["C4", "BadInput", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from datamodules.errors import BadData, SourceUnavailable, reason_in
-from datamodules.home import t6_home
+from t6_lightning.common.errors import BadInput, SourceUnavailable, reason_in
+from t6_lightning.common.home import t6_home
 
 if TYPE_CHECKING:
     from datamodules.base import TokenData
@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options, options.rest = _parser().parse_known_args(arguments)
         if options.rest and not (options.data or options.config):
-            raise BadData(f"{options.rest[0]}: there is no such flag here; --help lists those there are.")
+            raise BadInput(f"{options.rest[0]}: there is no such flag here; --help lists those there are.")
         {"prepare": prepare, "inspect": inspect}[options.command](options)
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75  # as of `fit`: the same command goes on
-    except BadData as error:
+    except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # of the disk
@@ -82,7 +82,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _refuse_tokens(data: "TokenData", options: argparse.Namespace) -> None:
     if options.tokens is not None and not data.streamed:
-        raise BadData(f"--tokens: it belongs to streams; {type(data).__name__} is read whole.")
+        raise BadInput(f"--tokens: it belongs to streams; {type(data).__name__} is read whole.")
 
 
 def read_ahead(data: "TokenData", tokens: int) -> float:
@@ -114,13 +114,13 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
             with open(options.config, encoding="utf-8") as file:
                 content = yaml.safe_load(file)
         except OSError as error:
-            raise BadData(f"--config: {options.config} cannot be read ({error.strerror}).") from error
+            raise BadInput(f"--config: {options.config} cannot be read ({error.strerror}).") from error
         except (ValueError, yaml.YAMLError) as error:  # not UTF-8; not YAML
-            raise BadData(
+            raise BadInput(
                 f"--config: {options.config} is no YAML: {' '.join(str(error).split())}."
             ) from error
         if not isinstance(content, dict) or "data" not in content:
-            raise BadData(f"--config: {options.config} has no section `data`.")
+            raise BadInput(f"--config: {options.config} has no section `data`.")
     try:
         if options.config:
             parser.set_defaults({"data": content["data"]})
@@ -129,30 +129,30 @@ def configured_corpus(options: argparse.Namespace) -> "TokenData":
             parser.parse_args([*chosen, *options.rest])
         )
         return built.data
-    except BadData:
+    except BadInput:
         raise
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         said = reason_in(str(error))
         if unknown := re.search(r"Option '(\w+)' is not accepted", said):
             said = f"there is no setting {unknown[1]!r}"
-        raise BadData(f"--data: {said.rstrip('.')}.") from error
+        raise BadInput(f"--data: {said.rstrip('.')}.") from error
 
 
 def corpus_of(options: argparse.Namespace) -> "TokenData":
-    """The data module that was asked for. BadData for settings of another one."""
+    """The data module that was asked for. BadInput for settings of another one."""
     of_any, of_files = (
         {name: getattr(options, name) for name in names if hasattr(options, name)}
         for names in (SETTINGS, SETTINGS_OF_FILES)
     )
     if options.data or options.config:
         for name in (*of_any, *of_files):
-            raise BadData(f"--{name}: beside --data or --config it is --data.{name}.")
+            raise BadInput(f"--{name}: beside --data or --config it is --data.{name}.")
         return configured_corpus(options)
     from datamodules.corpora import PythonDocs, TextFiles
 
     if "files" not in of_files:
         for name in of_files:
-            raise BadData(f"--{name}: it belongs to --files, which is missing.")
+            raise BadInput(f"--{name}: it belongs to --files, which is missing.")
         return PythonDocs(**of_any)
     if "val_files" in of_files:
         of_files["val_files"] = _named(of_files["val_files"])
@@ -262,9 +262,9 @@ def _named(values: list[str]) -> dict[str, list[str] | str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
-            raise BadData(f"--val_files: {value!r} is not allowed; allowed: DOMAIN=PATH.")
+            raise BadInput(f"--val_files: {value!r} is not allowed; allowed: DOMAIN=PATH.")
         if name in named:
-            raise BadData(f"--val_files: {value!r} names {name!r} again; allowed: each DOMAIN once.")
+            raise BadInput(f"--val_files: {value!r} names {name!r} again; allowed: each DOMAIN once.")
         named[name] = path
     return named
 
@@ -273,7 +273,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadData(f"{message.removeprefix('argument ').rstrip('.')}.")
+        raise BadInput(f"{message.removeprefix('argument ').rstrip('.')}.")
 
 
 def _parser() -> argparse.ArgumentParser:

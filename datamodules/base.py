@@ -18,10 +18,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.documents import Document
-from datamodules.errors import BadData, SourceUnavailable
 from datamodules.met import Met, News, of_all_ranks
 from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
+from t6_lightning.common.errors import BadInput, SourceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class TokenData(LightningDataModule, ABC):
         given = {"batch_size": batch_size, "context": context, "num_workers": num_workers, "seed": seed}
         for name, value in given.items():
             if value < lowest[name]:
-                raise BadData(f"{name}: {value} is not allowed; allowed: {lowest[name]} or more.")
+                raise BadInput(f"{name}: {value} is not allowed; allowed: {lowest[name]} or more.")
         if val_tokens is not None and val_tokens < 1:
-            raise BadData(f"val_tokens: {val_tokens} is not allowed; allowed: 1 or more, or null for all.")
+            raise BadInput(f"val_tokens: {val_tokens} is not allowed; allowed: 1 or more, or null for all.")
         self.tokenizer_spec, self.vocab_size = tokenizer, vocab_size
         self.batch_size, self.context, self.val_tokens = batch_size, context, val_tokens
         self.num_workers, self.seed = num_workers, seed
@@ -169,7 +169,7 @@ class TokenData(LightningDataModule, ABC):
         return together.by_kind()
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and fill the token cache where they are missing. Raises BadData."""
+        """Train the tokenizer and fill the token cache where they are missing. Raises BadInput."""
         _ = self.domains
 
     def setup(self, stage: str | None = None) -> None:

@@ -3,13 +3,13 @@
 from typing import Any
 
 from datamodules.documents import Source
-from datamodules.errors import BadData
 from datamodules.indexed import IndexedData
 from datamodules.mixture import Mixture
 from datamodules.pixels import Pixels
 from datamodules.python_docs import VAL_FRACTION, standard_library
 from datamodules.streamed import C4, FineWebEdu, Pile
 from datamodules.text_files import TxtDocuments, file_source, find_files
+from t6_lightning.common.errors import BadInput
 
 __all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
 
@@ -55,9 +55,13 @@ class TextFiles(IndexedData):
     ):
         super().__init__(**common)
         if not 0 <= val_fraction < 1:
-            raise BadData(f"val_fraction: {val_fraction} is not allowed; allowed: 0 or more and less than 1.")
+            raise BadInput(
+                f"val_fraction: {val_fraction} is not allowed; allowed: 0 or more and less than 1."
+            )
         if txt_documents not in ("file", "line", "paragraph"):
-            raise BadData(f"txt_documents: {txt_documents!r} is not allowed; allowed: file, line, paragraph.")
+            raise BadInput(
+                f"txt_documents: {txt_documents!r} is not allowed; allowed: file, line, paragraph."
+            )
         self.files, self.val_files = files, val_files or {}
         self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
         self.val_fraction = val_fraction

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from datamodules.documents import held_out
-from datamodules.errors import BadData
 from datamodules.token_cache import Shard
 from datamodules.tokenizer import Tokenizer
+from t6_lightning.common.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Corpus:
     `training`: shards of which `val_fraction` of the documents (by hash) is held out, under the domains they
     name. `validation`: domain -> shards that only validate. A training document whose hash occurs there is
     left out. `val_tokens`: at most so many validation tokens per domain, in whole documents (None: all).
-    Raises BadData where either side ends up empty.
+    Raises BadInput where either side ends up empty.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Corpus:
         self.tokenizer = tokenizer
         named = sorted({name for shard in training for name in shard.domains})
         if clash := set(named) & set(validation):
-            raise BadData(
+            raise BadInput(
                 f"val_files: {min(clash)!r} is already a domain of the training files; choose another name."
             )
         all_domains = [*named, *validation]
@@ -81,11 +81,11 @@ class Corpus:
         self.training_documents = np.flatnonzero(~validates & ~repeated)
         """Numbers of the training documents, int64."""
         if len(self.training_documents) == 0 and repeated.any():
-            raise BadData(
+            raise BadInput(
                 f"val_files: they hold all {repeated.sum()} documents that there are to train on; name other files."
             )
         if len(self.training_documents) == 0:
-            raise BadData(
+            raise BadInput(
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to train on."
             )
 
@@ -95,7 +95,7 @@ class Corpus:
         self.validation_documents = {name: documents for name, documents in chosen.items() if len(documents)}
         """domain -> numbers of its validation documents in their fixed order, int64."""
         if not self.validation_documents:
-            raise BadData(
+            raise BadInput(
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to validate on; "
                 "raise it, cut .txt files into lines or paragraphs (txt_documents), or name val_files."
             )

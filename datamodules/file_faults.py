@@ -5,11 +5,11 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from datamodules.errors import BadData
+from t6_lightning.common.errors import BadInput
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines with their ends, decompressed, without a byte order mark. Raises BadData naming the first bad
+    """The lines with their ends, decompressed, without a byte order mark. Raises BadInput naming the first bad
     line."""
     number = 0
     lines = _lines(path)
@@ -17,7 +17,7 @@ def text_lines(path: Path) -> Iterator[str]:
         try:
             line = next(lines, None)
         except Exception as error:  # the decompressor's
-            raise BadData(
+            raise BadInput(
                 f"{path}: the compressed data is damaged after line {number} ({error or type(error).__name__})."
             ) from error
         if line is None:
@@ -26,7 +26,7 @@ def text_lines(path: Path) -> Iterator[str]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise BadData(
+            raise BadInput(
                 f"{path}: line {number}, byte {error.start + 1} of it (0x{line[error.start]:02x}) is not UTF-8."
             ) from error
         yield text.removeprefix("\ufeff") if number == 1 else text

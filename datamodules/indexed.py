@@ -24,10 +24,10 @@ class IndexedData(TokenData):
 
     @abstractmethod
     def sources(self) -> list[Source]:
-        """What to train on (less `val_fraction` of it). Raises BadData."""
+        """What to train on (less `val_fraction` of it). Raises BadInput."""
 
     def validation_sources(self) -> dict[str, list[Source]]:
-        """domain -> what only validates. Raises BadData."""
+        """domain -> what only validates. Raises BadInput."""
         return {}
 
     @property

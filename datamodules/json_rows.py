@@ -6,15 +6,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datamodules.errors import BadData, first_line
 from datamodules.file_faults import text_lines
+from t6_lightning.common.errors import BadInput, first_line
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place such as "line 3", row) of each row of a file, plain or compressed.
 
     Rows are lines. A file whose first line is no whole object is held in memory: it is one array (a string in it
-    stands for {"text": string}), or objects that go over several lines. Raises BadData naming the first bad line.
+    stands for {"text": string}), or objects that go over several lines. Raises BadInput naming the first bad line.
     """
     lines = text_lines(path)
     some = False
@@ -25,7 +25,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if some:
-                raise BadData(f"{path}: line {number} is not JSON ({_reason(error)}).") from error
+                raise BadInput(f"{path}: line {number} is not JSON ({_reason(error)}).") from error
             row = None
         if not (some or isinstance(row, dict)):
             yield from _rows_in(path, "".join(chain(["\n" * (number - 1), line], lines)))
@@ -61,9 +61,9 @@ def _rows_in(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 found.append(value)
             line += text.count("\n", begin, at)
     except json.JSONDecodeError as error:
-        raise BadData(f"{path}: line {error.lineno} is not JSON ({_reason(error)}).") from error
+        raise BadInput(f"{path}: line {error.lineno} is not JSON ({_reason(error)}).") from error
     except (ValueError, RecursionError) as error:
-        raise BadData(f"{path}: {places[-1]} is not JSON ({_reason(error)}).") from error
+        raise BadInput(f"{path}: {places[-1]} is not JSON ({_reason(error)}).") from error
     if len(found) == 1 and isinstance(found[0], list):
         found = [{"text": each} if isinstance(each, str) else each for each in found[0]]
         places = [f"row {number}" for number in range(1, len(found) + 1)]
@@ -73,7 +73,7 @@ def _rows_in(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _as_object(path: Path, place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise BadData(f"{path}: {place} is a JSON {type(row).__name__}, not an object.")
+        raise BadInput(f"{path}: {place} is a JSON {type(row).__name__}, not an object.")
     return row
 
 

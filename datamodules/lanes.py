@@ -22,10 +22,10 @@ import numpy as np
 
 from datamodules import stores
 from datamodules.corpus import DocumentTable
-from datamodules.errors import BadData
 from datamodules.packing import LaneMark, Mark, Rows, TokenStream
 from datamodules.pieces import Pieces
 from datamodules.tokenizer import Tokenizer
+from t6_lightning.common.errors import BadInput
 
 PIECES_PER_LANE = 4
 """Row groups that a lane gets at least, where row groups are dealt."""
@@ -274,7 +274,7 @@ class _Cursor:
                 epoch, unit, piece = epoch + 1, 0, 0
                 whole_epochs += 1
                 if whole_epochs == 2:
-                    raise BadData(
+                    raise BadInput(
                         f"lanes: lane {self.lane} of {len(self.lanes)} has no document to train on; choose fewer."
                     )
             order = np.random.default_rng([self.lanes.seed, epoch, self.lane]).permutation(len(units))

@@ -13,11 +13,11 @@ import numpy as np
 
 from datamodules.base import TokenData
 from datamodules.documents import Document
-from datamodules.errors import BadData
 from datamodules.indexed import IndexedData
 from datamodules.packing import ValidationWindows, Windows
 from datamodules.streamed import StreamedData
 from datamodules.tokenizer_loading import TRAINING_BYTES
+from t6_lightning.common.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +109,10 @@ class Mixture(TokenData):
     ):
         super().__init__(**common)
         if not sources:
-            raise BadData("sources: the list is empty; name at least one corpus.")
+            raise BadInput("sources: the list is empty; name at least one corpus.")
         for name, source in sources.items():
             if not isinstance(source, (StreamedData, IndexedData)):
-                raise BadData(
+                raise BadInput(
                     f"sources.{name}: {type(source).__name__} is not allowed; allowed: corpora of text."
                 )
         self.sources: dict[str, Any] = sources
@@ -120,11 +120,11 @@ class Mixture(TokenData):
         for tokens, chosen in self.phases.items():
             field = f"schedule.{tokens}" if tokens else "weights"
             if set(chosen) != set(sources):
-                raise BadData(
+                raise BadInput(
                     f"{field}: it names {sorted(chosen)}; allowed: a weight for each of {sorted(sources)}."
                 )
             if min(chosen.values()) < 0 or not 0 < sum(chosen.values()) < math.inf:
-                raise BadData(
+                raise BadInput(
                     f"{field}: {chosen} is not allowed; allowed: finite weights from 0 on that are not all 0."
                 )
         self._shares: Shares | None = None
@@ -252,11 +252,11 @@ class Mixture(TokenData):
 
 
 def _tokens(begin: Any) -> int:
-    """A key of `schedule`, which YAML and JSON may give as text. Raises BadData."""
+    """A key of `schedule`, which YAML and JSON may give as text. Raises BadInput."""
     try:
         number = float(begin)
     except (TypeError, ValueError):
         number = math.nan
     if not (number >= 1 and number.is_integer()):
-        raise BadData(f"schedule: {begin!r} is not allowed; allowed: whole numbers of tokens from 1 on.")
+        raise BadInput(f"schedule: {begin!r} is not allowed; allowed: whole numbers of tokens from 1 on.")
     return int(number)

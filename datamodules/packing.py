@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from datamodules.corpus import DocumentTable
-from datamodules.errors import BadData
 from datamodules.tokenizer import Tokenizer
+from t6_lightning.common.errors import BadInput
 
 IGNORED = -100
 """Target of a padded position; cross-entropy's default ignore_index."""
@@ -118,7 +118,7 @@ class TrainingWindows:
         n_tokens = int((table.length[documents] + 1).sum())
         self.per_epoch = n_tokens // context
         if self.per_epoch == 0:
-            raise BadData(
+            raise BadInput(
                 f"context: {context} is longer than all training text, which has {n_tokens} tokens."
             )
         # A batch may reach over the end of an epoch: two are kept.

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from datamodules.documents import Damage, Document, Source, hash64, is_unicode
-from datamodules.errors import BadData, first_line
-from datamodules.home import t6_home, write_atomically
 from datamodules.json_rows import reach
 from datamodules.stores import LOCAL, Store, StoredFile, count_damage, counting
 from datamodules.token_cache import PieceCache, Shard
+from t6_lightning.common.errors import BadInput, first_line
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.home import t6_home
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -214,10 +215,10 @@ class Pieces:
                     )
                     if row >= ROWS_PER_PIECE:
                         break
-            except BadData:
+            except BadInput:
                 raise
             except Exception as error:  # pyarrow's own
-                raise BadData(f"{self._place(file, piece)}: {first_line(error)}.") from error
+                raise BadInput(f"{self._place(file, piece)}: {first_line(error)}.") from error
 
     def _fetched(self, file: int, group: int, spans: list[tuple[int, int]]) -> "Fetched":
         """The stored bytes of a row group's columns, held for the pieces that come next."""
@@ -244,10 +245,10 @@ class Pieces:
             try:
                 with _RangeFile(self.store, self.files[file]) as opened:
                     footer = pq.read_metadata(opened)
-            except BadData:
+            except BadInput:
                 raise
             except Exception as error:  # pyarrow's own
-                raise BadData(f"{self._place(file)}: {first_line(error)}.") from error
+                raise BadInput(f"{self._place(file)}: {first_line(error)}.") from error
             if self.store.revision != LOCAL:
                 footer.write_metadata_file(str(beside := kept.with_suffix(f".tmp-{os.getpid()}")))
                 os.replace(beside, kept)
@@ -283,9 +284,11 @@ class Pieces:
         if names and (missing := [name for name in columns if name.split(".")[0] not in names]):
             raise self._no_column(file, missing[0], sorted(names))
 
-    def _no_column(self, file: int, name: str, present: list[str]) -> BadData:
+    def _no_column(self, file: int, name: str, present: list[str]) -> BadInput:
         field = "text_field" if name == self.text_field else "domain_field"
-        return BadData(f"{field}: {self._place(file)} has no column {name!r}; present: {', '.join(present)}.")
+        return BadInput(
+            f"{field}: {self._place(file)} has no column {name!r}; present: {', '.join(present)}."
+        )
 
     def _place(self, file: int, piece: int | None = None) -> str:
         place = f"{self.store.name}/{self.files[file].path}"
@@ -364,7 +367,7 @@ def _decompressed(chunks: Iterator[bytes], path: str, damage: Counter[str]) -> I
                     part = b""
                     if member.eof:
                         part, member = member.unused_data, None
-    except BadData:
+    except BadInput:
         raise
     except Exception as error:  # zlib's or zstandard's
         damage[f"the file is damaged ({first_line(error)}); what follows in it is left out"] += 1

@@ -17,10 +17,10 @@ import numpy as np
 
 from datamodules.base import TokenData
 from datamodules.documents import Document
-from datamodules.errors import BadData, first_line
 from datamodules.packing import Batch, FixedWindows, Mark, Rows, Windows
 from datamodules.stores import Hub
 from datamodules.tokenizer import RAW_BYTES, Tokenizer
+from t6_lightning.common.errors import BadInput, first_line
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 """First numbers of MNIST's idx files."""
@@ -53,7 +53,7 @@ class Pixels(TokenData):
     ):
         super().__init__(**common)
         if val_count is not None and val_count < 1:
-            raise BadData(f"val_count: {val_count} is not allowed; allowed: 1 or more, or null for all.")
+            raise BadInput(f"val_count: {val_count} is not allowed; allowed: 1 or more, or null for all.")
         self.images, self.labels = images, labels
         self.val_images, self.val_labels, self.val_count, self.grey = val_images, val_labels, val_count, grey
         self.revision = revision
@@ -63,7 +63,7 @@ class Pixels(TokenData):
         """(images uint8 (N, D), classes int64 (N,)) to train on and to validate on."""
         train = self._read(self.images, self.labels, "train", "images")
         if self.val_images is None and Path(self.images).expanduser().exists():
-            raise BadData(
+            raise BadInput(
                 "val_images: null is not allowed with a local file; name the file of the test images."
             )
         named = self.val_images or self.images
@@ -73,15 +73,15 @@ class Pixels(TokenData):
             split = "test"
         validation = self._read(named, self.val_labels, split, "val_images")
         if train[0].shape[1] != validation[0].shape[1]:
-            raise BadData(f"val_images: {named} has images of another size than {self.images}.")
+            raise BadInput(f"val_images: {named} has images of another size than {self.images}.")
         if train[0].shape[1] != self.context:
-            raise BadData(
+            raise BadInput(
                 f"context: {self.context} is not allowed; allowed: {train[0].shape[1]}, the bytes of an image."
             )
         held = {image.tobytes() for image in validation[0][: self.val_count]}
         keep = np.array([image.tobytes() not in held for image in train[0]])
         if not keep.any():
-            raise BadData(f"val_images: {named} holds every image of {self.images}; allowed: others.")
+            raise BadInput(f"val_images: {named} holds every image of {self.images}; allowed: others.")
         return (train[0][keep], train[1][keep]), (
             validation[0][: self.val_count],
             validation[1][: self.val_count],
@@ -93,15 +93,17 @@ class Pixels(TokenData):
             if path.exists() and path.suffix != ".parquet":
                 images = _idx(path, IDX_IMAGES)
                 if labels is None:
-                    raise BadData(f"{field.replace('images', 'labels')}: null is not allowed with idx files.")
+                    raise BadInput(
+                        f"{field.replace('images', 'labels')}: null is not allowed with idx files."
+                    )
                 return images.reshape(len(images), -1), _idx(Path(labels).expanduser(), IDX_LABELS).astype(
                     np.int64
                 )
             return self._image_set(path if path.exists() else None, name, split)
-        except BadData:
+        except BadInput:
             raise
         except Exception as error:  # of datasets, pyarrow, Pillow, gzip
-            raise BadData(f"{field}: {name} cannot be read: {first_line(error)}.") from error
+            raise BadInput(f"{field}: {name} cannot be read: {first_line(error)}.") from error
 
     def _image_set(self, path: Path | None, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         import datasets
@@ -115,7 +117,7 @@ class Pixels(TokenData):
         image = next((column for column, kind in kinds.items() if kind == "Image"), None)
         label = next((column for column, kind in kinds.items() if kind == "ClassLabel"), None)
         if image is None or label is None:
-            raise BadData(f"images: {name} has no column of images and of classes; present: {kinds}.")
+            raise BadInput(f"images: {name} has no column of images and of classes; present: {kinds}.")
         mode = "L" if self.grey else "RGB"
         rows = [
             np.asarray(each.convert(mode) if each.mode != "L" else each).reshape(-1) for each in loaded[image]
@@ -242,5 +244,5 @@ def _idx(path: Path, magic: int) -> np.ndarray:
     header = np.frombuffer(data[:begin].ljust(begin, b"\0"), dtype=">i4").tolist()
     if header[0] != magic or len(data) != begin + math.prod(header[1:]):
         what = "images" if magic == IDX_IMAGES else "labels"
-        raise BadData(f"{path} is no idx file of {what}, or is cut.")
+        raise BadInput(f"{path} is no idx file of {what}, or is cut.")
     return np.frombuffer(data, dtype=np.uint8, offset=begin).reshape(header[1:])

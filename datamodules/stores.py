@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock
 
 from datamodules.documents import Damage
-from datamodules.errors import BadData, SourceUnavailable, first_line
-from datamodules.home import t6_home, write_atomically
+from t6_lightning.common.errors import BadInput, SourceUnavailable, first_line
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.home import t6_home
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +91,11 @@ class Store(Protocol):
     """Commit on the hub; LOCAL for a folder."""
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
-        """The files whose path matches a pattern (* also matches /), sorted by path. Raises BadData."""
+        """The files whose path matches a pattern (* also matches /), sorted by path. Raises BadInput."""
         ...
 
     def read(self, file: StoredFile, begin: int, end: int) -> bytes:
-        """Bytes begin .. end - 1 of a file, all of them. Raises BadData, SourceUnavailable."""
+        """Bytes begin .. end - 1 of a file, all of them. Raises BadInput, SourceUnavailable."""
         ...
 
 
@@ -107,7 +108,7 @@ class Folder:
         self.root = Path(path).expanduser().absolute()
         self.name = str(self.root)
         if not self.root.is_dir():
-            raise BadData(f"path: there is no folder {path!r}.")
+            raise BadInput(f"path: there is no folder {path!r}.")
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
         found = []
@@ -123,7 +124,7 @@ class Folder:
             opened.seek(begin)
             data = opened.read(end - begin)
         if len(data) != min(end, file.size) - begin:
-            raise BadData(f"{self.root / file.path} was changed or cut while it was read.")
+            raise BadInput(f"{self.root / file.path} was changed or cut while it was read.")
         return data
 
 
@@ -274,7 +275,7 @@ class Hub:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _fault(self, error: Exception, what: str) -> str:
-        """What kind of passing fault this is. Raises BadData for one that trying again does not cure.
+        """What kind of passing fault this is. Raises BadInput for one that trying again does not cure.
 
         Messages of the HTTP library hold addresses, and addresses may hold signatures: they are not repeated.
         """
@@ -284,33 +285,35 @@ class Hub:
         if isinstance(error, _Faulty):
             return str(error)
         if isinstance(error, errors.OfflineModeIsEnabled):
-            raise BadData(
+            raise BadInput(
                 f"{what} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub."
             ) from None
         if isinstance(error, errors.GatedRepoError):
             say = "HF_TOKEN is not set" if get_token() is None else "the token in HF_TOKEN has not done so"
-            raise BadData(
+            raise BadInput(
                 f"repository: {self.name!r} is gated: its terms must be accepted at {page}, and {say}."
             ) from None
         if isinstance(error, errors.RevisionNotFoundError):
-            raise BadData(f"revision: {self.name!r} has none of that name.") from None
+            raise BadInput(f"revision: {self.name!r} has none of that name.") from None
         if isinstance(error, errors.EntryNotFoundError):
             raise _NotThere(f"{what} is not in revision {self.revision} of the repository.") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401 and get_token() is not None:
-            raise BadData(
+            raise BadInput(
                 f"HF_TOKEN: {self._shown} refuses the token (or there is no repository {self.name!r})."
             ) from None
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-            raise BadData(
+            raise BadInput(
                 f"repository: {self._shown} has no data set {self.name!r}, or it is private and HF_TOKEN holds "
                 "no token that may read it."
             ) from None
         if status == 403:
-            raise BadData(f"HF_TOKEN: {self._shown} does not let it read {self.name!r} (HTTP 403).") from None
+            raise BadInput(
+                f"HF_TOKEN: {self._shown} does not let it read {self.name!r} (HTTP 403)."
+            ) from None
         # 416: the file is shorter there than the listing says, as while a server is being filled.
         if status is not None and status not in (408, 416, 429) and status < 500:
-            raise BadData(f"{what}: {self._shown} answers HTTP {status}.") from None
+            raise BadInput(f"{what}: {self._shown} answers HTTP {status}.") from None
         if status is not None:
             return f"the hub answers HTTP {status}"
         name = type(error).__name__
@@ -319,11 +322,11 @@ class Hub:
         if "Timeout" in name or isinstance(error, TimeoutError):
             return "the hub stalls"
         if name in ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError"):
-            raise BadData(f"HF_ENDPOINT: {self._shown!r} cannot be asked: {first_line(error)}.") from None
+            raise BadInput(f"HF_ENDPOINT: {self._shown!r} cannot be asked: {first_line(error)}.") from None
         return "the connection to the hub is dropped or refused"
 
 
-class _NotThere(BadData):
+class _NotThere(BadInput):
     """The revision has no such file or folder."""
 
 

@@ -18,14 +18,15 @@ import numpy as np
 from datamodules.base import TokenData
 from datamodules.corpus import DocumentTable, validation_summary
 from datamodules.documents import Damage, Document, held_out
-from datamodules.errors import BadData
-from datamodules.home import t6_home, write_atomically
 from datamodules.lanes import Lanes
 from datamodules.packing import ValidationWindows, Windows
 from datamodules.pieces import Pieces, readable
 from datamodules.stores import LOCAL, PATIENCE_SECONDS, Store, StoredFile, open_store
 from datamodules.token_cache import PieceCache, Shard
 from datamodules.tokenizer_loading import TRAINING_BYTES
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.home import t6_home
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,15 @@ class StreamedData(TokenData):
     ):
         super().__init__(val_tokens=val_tokens, **common)
         if lanes < 1:
-            raise BadData(f"lanes: {lanes} is not allowed; allowed: 1 or more.")
+            raise BadInput(f"lanes: {lanes} is not allowed; allowed: 1 or more.")
         if not 0 < val_fraction < 1:
-            raise BadData(
+            raise BadInput(
                 f"val_fraction: {val_fraction} is not allowed; allowed: more than 0 and less than 1."
             )
         if cache_gb <= 0:
-            raise BadData(f"cache_gb: {cache_gb} is not allowed; allowed: more than 0.")
+            raise BadInput(f"cache_gb: {cache_gb} is not allowed; allowed: more than 0.")
         if path is None and repository.count("/") != 1:
-            raise BadData(f"repository: {repository!r} is not allowed; allowed: owner/name.")
+            raise BadInput(f"repository: {repository!r} is not allowed; allowed: owner/name.")
         self.repository, self.revision, self.path = repository, revision, path
         self.text_field, self.domain_field = text_field, domain_field
         self.val_fraction, self.lanes, self.cache_gb, self.patience = val_fraction, lanes, cache_gb, patience
@@ -105,7 +106,7 @@ class StreamedData(TokenData):
 
     @cached_property
     def train_files(self) -> list[StoredFile]:
-        """Sorted by path. Raises BadData where there are none."""
+        """Sorted by path. Raises BadInput where there are none."""
         validate = set(self.val_files)
         for patterns in (self.train_patterns, *([["*train*"], ["*"]] if self._takes_any else [])):
             found = [file for file in self.store.files(patterns) if readable(file.path)]
@@ -114,13 +115,13 @@ class StreamedData(TokenData):
         if self._takes_any:
             files = [file for file in self.store.files(["*"]) if readable(file.path)]
             empty = sum(file.size == 0 for file in files)
-            raise BadData(
+            raise BadInput(
                 f"path: {self.store.name} holds no text to train on: {len(files)} parquet or JSON-lines files, "
                 f"of which {empty} are empty and {len(validate)} only validate."
             )
         looked_for = " or ".join(self.train_patterns)
         chosen = "repository:" if self.config is None else f"config: for {self.config!r}"
-        raise BadData(
+        raise BadInput(
             f"{chosen} {self.store.name} ({self.store.revision}) has no parquet or JSON-lines file {looked_for}."
         )
 
@@ -149,7 +150,7 @@ class StreamedData(TokenData):
 
     @cached_property
     def validation(self) -> tuple[DocumentTable, dict[str, np.ndarray]]:
-        """The pieces read for validation, and domain -> its validation documents. Raises BadData."""
+        """The pieces read for validation, and domain -> its validation documents. Raises BadInput."""
         files = self.val_files or self.train_files
         fraction = 1.0 if self.val_files else self.val_fraction
         pieces = self._pieces(files)
@@ -181,12 +182,12 @@ class StreamedData(TokenData):
             for (kind, _), times in self.damage.items():
                 met[kind] += times
             why = ", ".join(f"{kind} ({times:,} x)" for kind, times in met.most_common())
-            raise BadData(
+            raise BadInput(
                 f"{'path' if self.path else 'repository'}: no document could be read from {self.store.name}: "
                 f"{why or 'its files hold no text'}."
             )
         if not chosen:
-            raise BadData(
+            raise BadInput(
                 f"val_fraction: {fraction} of {first} documents of {self.store.name} leaves none to validate on."
             )
         names = sorted({name for shard in shards for name in shard.domains})

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.documents import Document, Source, hash64, is_unicode
-from datamodules.errors import BadData, first_line
 from datamodules.file_faults import text_lines, zst_is_cut
 from datamodules.json_rows import json_rows, reach
+from t6_lightning.common.errors import BadInput, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,15 +35,15 @@ def find_files(
     """The files that paths, globs and folders (searched through) name: absolute, sorted, each once.
 
     `exclude`: globs on file names. Files of other suffixes are passed over in folders and globs, but refused
-    when named. Raises BadData, naming `field`.
+    when named. Raises BadInput, naming `field`.
     """
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else list(patterns)
     if not patterns:
-        raise BadData(f"{field}: the list is empty; name at least one file, folder or glob.")
+        raise BadInput(f"{field}: the list is empty; name at least one file, folder or glob.")
     found: set[Path] = set()
     for pattern in patterns:
         if not str(pattern):
-            raise BadData(f"{field}: '' is no path; name a file, a folder or a glob.")
+            raise BadInput(f"{field}: '' is no path; name a file, a folder or a glob.")
         path = Path(pattern).expanduser()
         if path.is_file():
             builder_of(path)
@@ -55,28 +55,28 @@ def find_files(
         if not matches:
             missing = "matches no file" if glob.has_magic(str(pattern)) else "does not exist"
             reason = f"holds no file that can be read ({SUFFIXES})" if path.is_dir() else missing
-            raise BadData(f"{field}: {str(pattern)!r} {reason}.")
+            raise BadInput(f"{field}: {str(pattern)!r} {reason}.")
         found.update(Path(os.path.abspath(match)) for match in matches)
     kept = [path for path in sorted(found) if not any(fnmatch(path.name, glob_) for glob_ in exclude)]
     if not kept:
-        raise BadData(f"exclude: {list(exclude)} leaves none of the {len(found)} files of {field}.")
+        raise BadInput(f"exclude: {list(exclude)} leaves none of the {len(found)} files of {field}.")
     return kept
 
 
 def builder_of(path: Path) -> str:
-    """Which reader takes the file, by its suffix. Raises BadData for one that none takes."""
+    """Which reader takes the file, by its suffix. Raises BadInput for one that none takes."""
     suffixes = path.suffixes
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     suffix = suffixes[-2] if compressed and len(suffixes) > 1 else path.suffix
     if suffix not in FORMATS or (compressed and suffix == ".parquet"):
-        raise BadData(f"{path}: the suffix {path.suffix!r} is not supported; allowed: {SUFFIXES}.")
+        raise BadInput(f"{path}: the suffix {path.suffix!r} is not supported; allowed: {SUFFIXES}.")
     return FORMATS[suffix]
 
 
 def _readable(path: Path) -> bool:
     try:
         return bool(builder_of(path))
-    except BadData:
+    except BadInput:
         return False
 
 
@@ -100,7 +100,7 @@ def read_documents(
     exclude: Iterable[str] = (),
     txt: TxtDocuments = "file",
 ) -> Iterator[str]:
-    """The texts of the files, in sorted order, empty ones left out. Raises BadData."""
+    """The texts of the files, in sorted order, empty ones left out. Raises BadInput."""
     for path in find_files(paths, exclude):
         for text, _ in _rows(path, text_field, None, txt):
             yield text
@@ -109,18 +109,18 @@ def read_documents(
 def _rows(
     path: Path, text_field: str, domain_field: str | None, txt: TxtDocuments
 ) -> Iterator[tuple[str, str | None]]:
-    """(text, label) of each row that has text. Raises BadData naming the file and, if it can, the line."""
+    """(text, label) of each row that has text. Raises BadInput naming the file and, if it can, the line."""
     builder = builder_of(path)
     if not path.is_file():
-        raise BadData(f"{path} does not exist.")
+        raise BadInput(f"{path} does not exist.")
     if path.stat().st_size == 0:
-        raise BadData(f"{path} is empty.")
+        raise BadInput(f"{path} is empty.")
     try:
         cut = path.suffix == ".zst" and zst_is_cut(path)
     except Exception as error:  # zstandard's own
-        raise BadData(f"{path}: the compressed data is damaged ({first_line(error)}).") from error
+        raise BadInput(f"{path}: the compressed data is damaged ({first_line(error)}).") from error
     if cut:
-        raise BadData(f"{path}: the compressed data is cut off; fetch or make the file again.")
+        raise BadInput(f"{path}: the compressed data is cut off; fetch or make the file again.")
     if builder == "text":
         text_field, domain_field = "text", None
     if builder == "json":
@@ -132,22 +132,22 @@ def _rows(
         for place, text, label in values:
             where = f"{path}: {place}" if place else str(path)
             if text is not None and not isinstance(text, str):
-                raise BadData(f"{where}: column {text_field!r} holds {type(text).__name__}, not text.")
+                raise BadInput(f"{where}: column {text_field!r} holds {type(text).__name__}, not text.")
             if text and not is_unicode(text):
-                raise BadData(
+                raise BadInput(
                     f"{where}: column {text_field!r} holds half of a surrogate pair, which is no text."
                 )
             if text:
                 some = True
                 yield text, None if label is None else str(label)
-    except BadData:
+    except BadInput:
         raise
     except Exception as error:  # pyarrow, zlib, zstandard and codecs each raise their own
         if builder == "text":
             deque(text_lines(path), maxlen=0)  # where a line is at fault, it names the line
-        raise BadData(f"{path}: {first_line(error)}.") from error
+        raise BadInput(f"{path}: {first_line(error)}.") from error
     if not some:
-        raise BadData(f"{path} holds no text: no row of it has a non-empty {text_field!r}.")
+        raise BadInput(f"{path} holds no text: no row of it has a non-empty {text_field!r}.")
 
 
 Value = tuple[str, Any, Any]
@@ -162,7 +162,7 @@ def _json_values(path: Path, text_field: str, domain_field: str | None) -> Itera
         try:
             values = [row[name] if name in row else reach([row.get(_root(name))], name)[0] for name in names]
         except ValueError as error:
-            raise BadData(f"{path}: {place} holds text in the way of {' or '.join(names)}.") from error
+            raise BadInput(f"{path}: {place} holds text in the way of {' or '.join(names)}.") from error
         if missing:
             present |= dict.fromkeys(row)
             for field, name in list(missing.items()):
@@ -188,9 +188,9 @@ def _table_values(
 
 
 def _refuse_missing(path: Path, missing: dict[str, str], present: Iterable[str]) -> None:
-    """BadData for the first of the columns (field -> name) that are not there."""
+    """BadInput for the first of the columns (field -> name) that are not there."""
     for field, name in missing.items():
-        raise BadData(f"{field}: {path} has no column {name!r}; present: {', '.join(present)}.")
+        raise BadInput(f"{field}: {path} has no column {name!r}; present: {', '.join(present)}.")
 
 
 def _root(name: str) -> str:

@@ -40,10 +40,10 @@ import numpy as np
 from filelock import FileLock
 
 from datamodules.documents import Damage, Document, Source
-from datamodules.errors import BadData
-from datamodules.home import t6_home
 from datamodules.progress import TokenizingProgress
 from datamodules.tokenizer import Tokenizer
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class PieceCache:
 def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard]:
     """The shards of the sources, from the cache where it has them, else tokenized into it.
 
-    Raises BadData for what is wrong with a source; the cache then holds nothing of it.
+    Raises BadInput for what is wrong with a source; the cache then holds nothing of it.
     """
     sources = list(sources)
     shards = {i: shard for i, source in enumerate(sources) if (shard := _open(_file(source, tokenizer)))}
@@ -192,9 +192,9 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
                 counts += np.bincount(ids, minlength=len(counts))
                 progress.add(source.name, len(documents), len(ids))
         if not lengths and progress is not None:
-            raise BadData(f"{source.name} holds no documents.")
+            raise BadInput(f"{source.name} holds no documents.")
         if len(domains) > 1 << 16:
-            raise BadData(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
+            raise BadInput(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
         # The widest first, so that each array begins where its dtype may lie.
         parts: dict[str, tuple[str, int, IO[bytes]]] = {
             "offsets": _part("I64", np.cumsum([0, *lengths], dtype="<i8")),

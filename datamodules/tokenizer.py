@@ -121,7 +121,7 @@ def load_tokenizer(
     `texts()` and kept under T6_HOME/tokenizers by (`corpus`, vocab_size); with `corpus` None it is trained at
     each call. "bytes": the 256 bytes and a separator. Anything else: a local folder with tokenizer.json, or
     vocab.json and merges.txt, else a name on the Hugging Face hub.
-    Raises BadData when it cannot be had.
+    Raises BadInput when it cannot be had.
     """
     if spec == RAW_BYTES:
         return Tokenizer(RAW_BYTES)

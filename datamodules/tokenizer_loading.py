@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from datamodules.errors import BadData, first_line
-from datamodules.home import t6_home, write_atomically
+from t6_lightning.common.errors import BadInput, first_line
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.home import t6_home
 
 if TYPE_CHECKING:
     import tokenizers
@@ -46,17 +47,17 @@ def load_definition(
     if spec and folder.is_dir():
         return _from_folder(folder)
     if folder.is_file():
-        raise BadData(
+        raise BadInput(
             f"tokenizer: {spec} is a file; name the folder that holds tokenizer.json or vocab.json."
         )
     if not spec or spec[0] in "./~" or spec.count("/") > 1:
-        raise BadData(f"tokenizer: there is no folder {spec!r}; allowed: bpe, bytes, a folder, a hub name.")
+        raise BadInput(f"tokenizer: there is no folder {spec!r}; allowed: bpe, bytes, a folder, a hub name.")
     return _from_hub(spec)
 
 
 def _trained(vocab_size: int, texts: Callable[[], Iterable[str]], corpus: str | None) -> Definition:
     if vocab_size < 257:
-        raise BadData(
+        raise BadInput(
             f"vocab_size: {vocab_size} is too small for bpe; allowed: 257 (bytes and separator) or more."
         )
     if corpus is None:
@@ -112,7 +113,7 @@ def _from_folder(folder: Path) -> Definition:
         try:
             loaded = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
-            raise BadData(
+            raise BadInput(
                 f"tokenizer: {folder / 'tokenizer.json'} cannot be read: {first_line(error)}."
             ) from error
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -120,7 +121,7 @@ def _from_folder(folder: Path) -> Definition:
             model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         except Exception as error:
             reason = f"vocab.json and merges.txt in {folder} cannot be read: {first_line(error)}"
-            raise BadData(f"tokenizer: {reason}.") from error
+            raise BadInput(f"tokenizer: {reason}.") from error
         loaded = tokenizers.Tokenizer(model)
         loaded.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         loaded.decoder = decoders.ByteLevel()
@@ -138,7 +139,7 @@ def _from_transformers(folder: Path) -> "tokenizers.Tokenizer":
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     except Exception as error:
-        raise BadData(
+        raise BadInput(
             f"tokenizer: {folder} has neither tokenizer.json nor vocab.json with merges.txt, and "
             f"transformers cannot read it: {first_line(error)}."
         ) from error
@@ -151,7 +152,7 @@ def _from_hub(name: str) -> Definition:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise BadData(
+        raise BadInput(
             f"tokenizer: {name!r} is neither bpe nor bytes nor a folder, and {hub} did not give it: "
             f"{first_line(error)}."
         ) from error
@@ -165,7 +166,7 @@ def _separator(folder: Path, loaded: "tokenizers.Tokenizer") -> int | None:
         try:
             eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         except ValueError as error:
-            raise BadData(f"tokenizer: {config} is not JSON: {error}.") from error
+            raise BadInput(f"tokenizer: {config} is not JSON: {error}.") from error
         candidates.insert(0, eos["content"] if isinstance(eos, dict) else eos or END_OF_TEXT)
     ids = (loaded.token_to_id(token) for token in candidates)
     return next((id for id in ids if id is not None), None)

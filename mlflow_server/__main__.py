@@ -9,13 +9,13 @@ from mlflow_server.process import is_healthy, record_file, serve
 from mlflow_server.settings import (
     DEFAULT_HOST,
     DEFAULT_PORT,
-    BadInput,
     address_of,
-    hide_password,
     is_server,
     resolve,
-    t6_home,
 )
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
+from t6_lightning.common.secrets import hide_password
 
 
 def main(argv: list[str] | None = None) -> int:

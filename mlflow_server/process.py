@@ -13,7 +13,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mlflow_server.settings import ServerSettings, hide_password
+from mlflow_server.settings import ServerSettings
+from t6_lightning.common.secrets import hide_password
 
 START_SECONDS = 180  # a first start on a slow disk takes half a minute; a hanging one must not last for ever
 STOP_SECONDS = 10

@@ -2,18 +2,17 @@
 
 import errno
 import os
-import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
+from t6_lightning.common.secrets import hide_password
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 5000
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-
-
-class BadInput(Exception):
-    """A setting that cannot work: the message is one sentence for the user (exit code 2)."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,10 @@ class ServerSettings:
         return address_of(self.host, self.port)
 
 
-def t6_home() -> Path:
-    """T6_HOME as an absolute path; ./t6_runs when it is not set."""
-    return Path(os.environ.get("T6_HOME") or "t6_runs").expanduser().absolute()
-
-
 def address_of(host: str, port: int) -> str:
     """The URL under which a browser on this machine reaches a server bound to host and port."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-
-
-def hide_password(url: str) -> str:
-    """The URL without its user:password part and without query values, which may hold secrets too."""
-    if url.startswith("sqlite:"):  # has neither, and @ and = may stand in a path
-        return url
-    url = re.sub(r"^(.*?://)?.*@", r"\1***@", url)
-    return re.sub(r"([?&][^=&]+=)[^&]*", r"\1***", url)
 
 
 def resolve(backend: str | None, artifacts: str | None, host: str | None, port: int | None) -> ServerSettings:

@@ -4,10 +4,10 @@ import argparse
 import json
 import sys
 
-from datamodules.home import t6_home
 from sweeps import study as study_module
-from sweeps.definition import BadInput, Sweep, load_sweep
-from t6_lightning import errors
+from sweeps.definition import Sweep, load_sweep
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.command == "status":
             return status(sweep, given.storage)
         return report(sweep, given.storage, given.json)
-    except (BadInput, errors.BadInput) as error:
+    except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -51,7 +51,7 @@ def draw(sweep: Sweep, rows: list[dict[str, Any]], file: Path) -> bool:
 
 def _curves(sweep: Sweep, rows: list[dict[str, Any]]) -> dict[str, Curve]:
     """Mean training loss over seeds at each step that all seeds of a cell logged."""
-    from t6_lightning.tracking_store import open_client
+    from t6_lightning.runs.tracking_store import open_client
 
     client = open_client()
     by_cell: dict[str, list[dict[int, float]]] = {}

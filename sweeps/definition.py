@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.home import t6_home
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # goes into run names, so into folder names
 # Given by the sweep to every trial: an override of one of these would make trials incomparable or lose them.
 RESERVED = ("config", "run", "seed_everything", "trainer.max_steps", "tracking.parent", "tracking.tags")
-
-
-class BadInput(Exception):
-    """A sweep file or argument that cannot work: the message is one sentence (exit code 2)."""
 
 
 @dataclass(frozen=True)

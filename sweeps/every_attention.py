@@ -8,11 +8,11 @@ more tokens and seeds than this.
 from dataclasses import replace
 
 from sweeps.definition import Cell, Sweep
-from t6_lightning.budget import match
 from t6_lightning.model.attention import AttentionConfig
 from t6_lightning.model.attention.mfa import MFAConfig
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.mla import MLAConfig
+from t6_lightning.model.budget import match
 from t6_lightning.presets import load_net, model_presets
 
 tiny = replace(load_net("quickstart"), vocab_size=1024, d_model=96, n_layers=2, context=128)

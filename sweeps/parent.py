@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.definition import BadInput, Sweep
+from sweeps.definition import Sweep
+from t6_lightning.common.errors import BadInput
 
 if TYPE_CHECKING:
     import optuna
@@ -25,7 +26,7 @@ class ParentRun:
     def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
         from mlflow.exceptions import MlflowException
 
-        from t6_lightning.tracking_store import experiment_id, open_client
+        from t6_lightning.runs.tracking_store import experiment_id, open_client
 
         try:
             self._client: MlflowClient = open_client()

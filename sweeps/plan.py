@@ -6,7 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from sweeps.definition import BadInput, Sweep
+from sweeps.definition import Sweep
+from t6_lightning.common.errors import BadInput
 
 Costs = dict[str, dict[str, int]]
 
@@ -59,17 +60,15 @@ def _ignore_ctrl_c() -> None:
 
 def _cost(arguments: list[str]) -> dict[str, int] | str:
     """Costs of one cell, or the sentence that says why it is impossible. Runs in the pool's process."""
-    from datamodules.errors import BadData
-    from t6_lightning import errors
-    from t6_lightning.cli import T6CLI, with_config_files
-    from t6_lightning.plan import Plan
+    from t6_lightning.cli.training import T6CLI, with_config_files
+    from t6_lightning.runs.plan import Plan
 
     logging.disable(logging.WARNING)  # Lightning announces every trainer
     command, *options = arguments
     try:
         cli = T6CLI(command, with_config_files(command, options))
         plan = Plan.of(cli)
-    except (errors.BadInput, BadData) as error:
+    except BadInput as error:
         return str(error)
     net: Any = cli.model.config
     return {

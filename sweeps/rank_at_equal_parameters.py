@@ -7,8 +7,8 @@ parameters, which go into more heads here, so that no cell wins by being the lar
 from dataclasses import replace
 
 from sweeps.definition import Cell, Sweep
-from t6_lightning.budget import match
 from t6_lightning.model.attention.tpa import TPAConfig
+from t6_lightning.model.budget import match
 from t6_lightning.presets import load_net
 
 PRESET = "quickstart"

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from datamodules.home import write_atomically
 from sweeps import study as study_module
 from sweeps.curves import draw
 from sweeps.definition import Cell, Sweep
@@ -16,7 +15,8 @@ from sweeps.plan import costs
 from sweeps.report import markdown
 from sweeps.study import OBJECTIVE
 from sweeps.trials import INTERRUPTED, Signals, last_words, locked, run_trial
-from t6_lightning.runs import RunFolder
+from t6_lightning.common.files import write_atomically
+from t6_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import optuna

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sweeps.definition import BadInput, Sweep
+from sweeps.definition import Sweep
 from sweeps.plan import Costs
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.secrets import hide_password
 
 if TYPE_CHECKING:
     import optuna
@@ -139,11 +140,6 @@ def failures(study: optuna.Study) -> dict[tuple[str, int], str]:
 def key(trial: Any) -> tuple[str, int]:
     """(cell name, seed) of an Optuna trial."""
     return trial.user_attrs.get("cell", ""), trial.user_attrs.get("seed", -1)
-
-
-def hide_password(url: str) -> str:
-    """A storage URL without its user:password part."""
-    return url if url.startswith("sqlite:") else re.sub(r"^(.*?://)?.*@", r"\1***@", url)
 
 
 def _sampler() -> optuna.samplers.BaseSampler:

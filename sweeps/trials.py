@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from sweeps.definition import BadInput
+from t6_lightning.common.errors import BadInput
 
 INTERRUPTED = 75  # exit code of `fit` after a signal: the same command goes on
 ORPHAN_SECONDS = 120

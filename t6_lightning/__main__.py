@@ -10,32 +10,31 @@ import sys
 import warnings
 from contextlib import nullcontext
 
-from datamodules.errors import BadData, SourceUnavailable
-from t6_lightning.errors import BadInput
-from t6_lightning.signals import signals
+from t6_lightning.common.errors import BadInput, SourceUnavailable
+from t6_lightning.distributed.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
 COMMANDS = {
-    "fit": ("t6_lightning.cli", "train a model (without arguments: the preset `quickstart`)"),
+    "fit": ("t6_lightning.cli.training", "train a model (without arguments: the preset `quickstart`)"),
     "validate": (
-        "t6_lightning.cli",
+        "t6_lightning.cli.training",
         "loss, perplexity and bits per byte of a checkpoint on its validation data",
     ),
-    "test": ("t6_lightning.cli", "as validate, through Lightning's test loop"),
-    "predict": ("t6_lightning.cli", "write the loss of every validation token to a file"),
-    "generate": ("t6_lightning.commands.generate", "write text from a prompt"),
+    "test": ("t6_lightning.cli.training", "as validate, through Lightning's test loop"),
+    "predict": ("t6_lightning.cli.training", "write the loss of every validation token to a file"),
+    "generate": ("t6_lightning.cli.generate", "write text from a prompt"),
     "evaluate": (
-        "t6_lightning.commands.evaluate",
+        "t6_lightning.cli.evaluate",
         "perplexity and bits per byte of a checkpoint on given files",
     ),
-    "consolidate": ("t6_lightning.commands.consolidate", "one checkpoint file of a folder of shards"),
-    "cache": ("t6_lightning.commands.cache", "measured and predicted key/value cache of presets"),
-    "params": ("t6_lightning.commands.params", "parameters, cache and FLOPs of presets"),
+    "consolidate": ("t6_lightning.cli.consolidate", "one checkpoint file of a folder of shards"),
+    "cache": ("t6_lightning.cli.cache", "measured and predicted key/value cache of presets"),
+    "params": ("t6_lightning.cli.params", "parameters, cache and FLOPs of presets"),
     "bench": (
-        "t6_lightning.commands.bench",
+        "t6_lightning.cli.bench",
         "tokens per second of whole models: bench train, bench generate",
     ),
-    "import": ("t6_lightning.commands.import_", "read a checkpoint of the paper's public code"),
+    "import": ("t6_lightning.cli.import_", "read a checkpoint of the paper's public code"),
 }
 
 # What is wrong with the disk rather than with the program.
@@ -72,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
-    except (BadInput, BadData) as error:
-        from t6_lightning import ranks
+    except BadInput as error:
+        from t6_lightning.distributed import ranks
 
         # Before ranks have found each other, all of them see the same arguments.
         if ranks.connected() or ranks.is_first():

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import straight_line
 from straight_line import Sizes
 
+from t6_lightning.checkpoint.reference import as_trained, convert
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.mla import MLAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
-from t6_lightning.reference import as_trained, convert
 
 AIM = 1.1
 

@@ -33,7 +33,7 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def trained(shared_home: Path) -> Path:
     """The checkpoint of a finished tiny run, named "trained"; for reading only."""
-    from t6_lightning.runs import RunFolder
+    from t6_lightning.runs.folder import RunFolder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("T6_HOME", str(shared_home))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite, log
 from typing import Any, Literal
 
-from t6_lightning.errors import BadInput, require
+from t6_lightning.common.errors import BadInput, require
 from t6_lightning.model.attention import AttentionConfig, attention_configs
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig

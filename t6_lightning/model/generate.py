@@ -10,7 +10,7 @@ from math import isfinite
 
 import torch
 
-from t6_lightning.errors import BadInput, require
+from t6_lightning.common.errors import BadInput, require
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.t6 import T6
 

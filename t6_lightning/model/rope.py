@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from t6_lightning.errors import require
+from t6_lightning.common.errors import require
 
 
 class Tables(NamedTuple):

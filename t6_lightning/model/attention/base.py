@@ -17,7 +17,7 @@ from torch import nn
 from kernels.attention import attention
 from kernels.decode.grouped import decode_grouped
 from kernels.linear.stacked import stacked_linear
-from t6_lightning.errors import require
+from t6_lightning.common.errors import require
 from t6_lightning.model.rope import Rope, Tables
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kernels.rope import rotate
-from t6_lightning.errors import require
+from t6_lightning.common.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
 from t6_lightning.model.rope import Rope

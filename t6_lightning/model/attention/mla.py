@@ -13,7 +13,7 @@ from torch import nn
 
 from kernels.decode.grouped import decode_grouped
 from kernels.rope import rotate
-from t6_lightning.errors import require
+from t6_lightning.common.errors import require
 from t6_lightning.model.attention.base import AttentionConfig, AttentionLayer, Keys, Layout
 from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.norm import RMSNorm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kernels.contract import HIGHEST_RANK, WIDEST_HEAD
 from kernels.decode.layout import padded_width
-from t6_lightning.errors import require
+from t6_lightning.common.errors import require
 from t6_lightning.model.attention.base import AttentionConfig
 from t6_lightning.model.attention.head_factors import NAMES, second_moment
 from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance

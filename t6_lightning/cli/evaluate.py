@@ -1,0 +1,66 @@
+"""evaluate: perplexity and bits per byte of a checkpoint on given files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from datamodules.text_files import find_files
+from t6_lightning.checkpoint.load import load_trained
+from t6_lightning.cli.parser import Parser, check_files, show_json
+from t6_lightning.common.console import console
+from t6_lightning.common.errors import require
+from t6_lightning.evaluation.perplexity import evaluate_windows, file_windows
+from t6_lightning.runs.folder import resolve_checkpoint
+
+
+def main(arguments: list[str]) -> int:
+    """Print perplexity and bits per byte of each file and of all."""
+    parser = Parser("evaluate", __doc__ or "")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or `last`")
+    parser.add_argument("--run", help="run that `last` refers to (default: the newest)")
+    parser.add_argument(
+        "--files", nargs="+", required=True, help="paths, globs or folders: .jsonl .txt .parquet"
+    )
+    parser.add_argument("--text_field", default="text", help="column that holds the text")
+    parser.add_argument("--txt_documents", choices=["file", "line", "paragraph"], default="file")
+    parser.add_argument("--context", type=int, help="tokens per window (default: the training context)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_json()
+    options = parser.parse_args(arguments[1:])
+    check_files(options, "json")
+    require(options.batch_size >= 1, "--batch_size", options.batch_size, "it must be at least 1")
+    require(
+        options.context is None or options.context >= 1, "--context", options.context, "it must be at least 1"
+    )
+    find_files(options.files)
+    checkpoint = resolve_checkpoint(options.ckpt_path, options.run)
+    trained = load_trained(checkpoint)
+    context = options.context or trained.model.config.context
+    names, windows = file_windows(
+        options.files, options.text_field, options.txt_documents, trained.tokenizer, context
+    )
+    metrics = evaluate_windows(
+        trained.model, windows, names, options.batch_size, trained.confine_to_documents
+    )
+    figures = metrics.per_domain()
+    if options.json:
+        result: dict[str, Any] = {"checkpoint": str(checkpoint), "context": context, "files": figures}
+        show_json(result, options.json)
+        return 0
+    table = Table(title=f"{checkpoint.name}, windows of {context} tokens", title_justify="left")
+    table.add_column("file")
+    for column in ("tokens", "bytes", "loss (nats)", "perplexity", "bits per byte"):
+        table.add_column(column, justify="right")
+    for name, row in figures.items():
+        table.add_row(
+            name,
+            f"{row['tokens']:,.0f}",
+            f"{row['bytes']:,.0f}",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+    console.print(table)
+    return 0

@@ -1,0 +1,285 @@
+"""fit, validate, test and predict: configuration by presets, YAML and flags, through Lightning's CLI."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import yaml
+
+# Lightning calls methods that jsonargparse has renamed; its users can do nothing about it.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+
+from datamodules import DATA_MODULES, corpora  # noqa: F401  (corpora: so that short names of data classes are known)
+from datamodules.base import TokenData
+from t6_lightning.cli import trainer_settings
+from t6_lightning.common.errors import BadInput, reason_in
+from t6_lightning.distributed import launch
+from t6_lightning.model.backend import check_backend
+from t6_lightning.presets import config_file, settings
+from t6_lightning.runs.folder import resolve_checkpoint, run_of
+from t6_lightning.runs.tracking import MLflowTracking
+from t6_lightning.training.callbacks.cadence import Cadence
+from t6_lightning.training.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from t6_lightning.training.callbacks.monitor import Monitor
+from t6_lightning.training.callbacks.progress import TrainingProgress
+from t6_lightning.training.callbacks.seeds import StepSeeds
+from t6_lightning.training.callbacks.spikes import SpikeGuard
+from t6_lightning.training.module import T6Module
+
+
+class TrainingProfiler(PyTorchProfiler):
+    """PyTorch's profiler over three micro-batches of training: Lightning's table is of validation, the last to come."""
+
+    STEP_FUNCTIONS: ClassVar = {"training_step"}
+
+
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": TrainingProfiler,
+}
+
+LINKED = {"context": "--model.net.context", "seed": "--seed_everything"}
+"""Settings of the data that follow others."""
+
+MACHINE = ("trainer.devices", "trainer.num_nodes")
+"""What a run is started on; a run that goes on may find another number of them."""
+
+
+class Parser(LightningArgumentParser):
+    """Reads files with what they extend worked in, and says what is wrong in one sentence."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """jsonargparse's reading of a configuration file: here as text, so that nothing is written to disk."""
+        return self.parse_string(yaml.safe_dump(settings(Path(path)), sort_keys=False), path, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise BadInput(one_sentence(message, self)) from ex
+
+
+def one_sentence(message: str, parser: LightningArgumentParser) -> str:
+    """jsonargparse's nested report on one line, with the nearest existing names for an unknown one."""
+    key, value = (
+        found[1] if found else None
+        for found in (re.search(r'Parser key "([\w.]+)"', message), re.search(r"G\w+ value: (.*)", message))
+    )
+    choices = [
+        name.strip("' ") for names in re.findall(r"Literal\[(.*?)\]", message) for name in names.split(",")
+    ]
+    if key == "data" and "dot import path" in message:
+        choices = list(DATA_MODULES)
+    if key and value and choices:
+        return f"{key}={value!r} is not possible: choose one of {', '.join(dict.fromkeys(choices))}"
+    text = reason_in(message)
+    text = text.replace("Parser key ", "").replace("t6_lightning.model.attention.", "")
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '(\w+)' is not accepted", text)
+    if unknown:
+        name = unknown[1] or unknown[2]
+        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        text += f" (did you mean {' or '.join(near)}?)" if near else ""
+    return text
+
+
+class T6CLI(LightningCLI):
+    """One parser per command; parses and builds, runs nothing."""
+
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self.command = command
+        self.started = time.monotonic()
+        # Lightning warns when arguments are passed while sys.argv has some: they are the same ones.
+        argv, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().__init__(
+                T6Module,
+                TokenData,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                trainer_defaults=dict(trainer_settings.DEFAULTS),
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={"prog": f"python -m t6_lightning {command}", "description": __doc__},
+                args=arguments,
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            sys.argv = argv
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"data": {"class_path": "datamodules.PythonDocs"}})
+        parser.link_arguments("model.net.context", "data.init_args.context")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_class_arguments(Cadence, "cadence")
+        parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_class_arguments(SpikeGuard, "spikes")
+        parser.add_class_arguments(MLflowTracking, "tracking")
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint file, or `last`: the run's newest good one.",
+        )
+        if self.command == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="Checkpoint to take weights from, nothing else.",
+            )
+            parser.add_argument(
+                "--dry_run", action="store_true", help="Print what the run will cost, and stop."
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        trainer_settings.check(self.config.trainer, self.config.seed_everything)
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config.trainer
+        launch.follow_launcher(trainer)
+        if trainer.precision is None:
+            on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+            trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except BadInput:
+            raise
+        except ValueError as error:
+            # jsonargparse hides what a data module says of its settings among the types that it tried.
+            reason = reason_in(str(error))
+            if reason == " ".join(str(error).split()):
+                raise
+            raise BadInput(f"data.{reason}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        built: Any = self.config_init
+        self.cadence: Cadence = built.cadence
+        self.checkpoints: Checkpoints = built.checkpoints
+        self.checkpoints.cadence = self.cadence
+        self.tracking: MLflowTracking = built.tracking
+        self.checkpoints.io = VerifiedCheckpointIO(self.checkpoints.asynchronous)
+        config = {**built.trainer, **kwargs, "plugins": [self.checkpoints.io]}
+        if self.command == "fit":
+            guard: SpikeGuard = built.spikes
+            guard.checkpoints = self.checkpoints
+            monitor = Monitor(self.cadence, guard, self.tracking)
+            # In this order: data position, then what is logged of it, then what is saved.
+            callbacks = [
+                StepSeeds(int(self.config.seed_everything)),
+                self.cadence,
+                guard,
+                monitor,
+                TrainingProgress(monitor),
+                self.checkpoints,
+            ]
+            config["logger"] = [self.tracking, *_as_list(config["logger"])]
+            config["profiler"] = _profiler(config["profiler"])
+        else:
+            callbacks = []
+            config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+            config["profiler"] = None  # a run's configuration may have one, of its training
+        return launch.build_trainer(
+            lambda config: self._instantiate_trainer(config, callbacks), config, self.checkpoints.sharded
+        )
+
+    @property
+    def config_yaml(self) -> str:
+        """The resolved configuration without what names this one call, as `--config` reads it back."""
+        config = self.config.clone()
+        for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
+            config.pop(name, None)
+        return self.parser.dump(config, skip_none=False)
+
+
+def _profiler(chosen: Profiler | str | None) -> Profiler | None:
+    """The profiler, set to write its table into the run's folder: Lightning would log it where nobody looks."""
+    if isinstance(chosen, str):
+        if chosen not in PROFILERS:
+            names = ", ".join(PROFILERS)
+            raise BadInput(f"trainer.profiler={chosen!r} is not possible: choose one of {names}, or a class")
+        chosen = PROFILERS[chosen]()
+    if chosen is not None and not chosen.filename:
+        chosen.filename = "profile"
+    return chosen
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value in (None, True, False):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(option + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def with_config_files(command: str, arguments: list[str]) -> list[str]:
+    """Replace preset names by their files; without `--config`, take the checkpoint's run, or `quickstart`.
+
+    Files come first, in their order: flags win over them wherever they stand on the command line.
+    """
+    files: list[str] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        field = option.removeprefix("--data.").removeprefix("init_args.")
+        if option.startswith("--data.") and field in LINKED:
+            raise BadInput(f"{option} is not possible: {LINKED[field]} sets it")
+        if option not in ("--config", "-c"):
+            flags.append(word)
+            continue
+        name = value if equals else next(words, None)
+        if name is None:
+            raise BadInput("--config needs a preset or a YAML file")
+        files.append(f"--config={config_file(name)}")
+    if files:
+        return [*files, *flags]
+    if {"-h", "--help"} & set(arguments):
+        return flags
+    return [f"--config={_default_config(arguments)}", *flags]
+
+
+def _default_config(arguments: list[str]) -> Path:
+    ckpt_path = _value_of("--ckpt_path", arguments)
+    if ckpt_path is not None:
+        run = run_of(resolve_checkpoint(ckpt_path, _value_of("--run", arguments)))
+        if run is not None:
+            return run.config_file
+    return config_file("quickstart")
+
+
+def main(arguments: list[str]) -> int:
+    """Run `fit`, `validate`, `test` or `predict`; `arguments` begins with the command."""
+    from t6_lightning.runs import fit as running
+
+    # Lightning sets its level at import; devices that are not there and tips are no news.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
+    command, *rest = arguments
+    cli = T6CLI(command, with_config_files(command, rest))
+    check_backend(cli.model.config, cli.trainer.strategy.root_device)
+    return getattr(running, command)(cli)

@@ -1,0 +1,1 @@
+"""What every other package may use: errors, T6_HOME, files, secrets, the console. Standard library and rich only."""

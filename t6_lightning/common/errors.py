@@ -1,0 +1,44 @@
+"""What a user did wrong, said in one sentence, and data that cannot be reached."""
+
+from __future__ import annotations
+
+import re
+
+
+class BadInput(ValueError):
+    """A setting, file, checkpoint or data set that cannot be used.
+
+    The message is one sentence that names the field, the value and what is allowed. The command lines
+    print it alone, without a traceback, and exit with code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker process passes its errors on with the traceback in the message: only the last line
+        # is meant for the user.
+        if "\nOriginal Traceback" in message:
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(message)
+
+
+class SourceUnavailable(BadInput):
+    """The hub gave no data for the stated time. Nothing is lost: the same command goes on from a checkpoint."""
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raise `BadInput` naming the field, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise BadInput(f"{field}={value!r} is not possible: {allowed}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign exception says, short enough to stand in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def reason_in(report: str) -> str:
+    """What jsonargparse says of a value that fits none of its types, on one line: the reason of the first type."""
+    text = " ".join(report.split())
+    of_union = re.search(
+        r"Does not validate against any of the Union subtypes.*? - (.*) - Expected a <class 'NoneType'>", text
+    )
+    return reason_in(of_union[1]) if of_union else text

@@ -1,0 +1,1 @@
+"""Several devices: what ranks tell each other, signals, how ranks are started, FSDP2."""

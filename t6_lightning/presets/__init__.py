@@ -1,0 +1,138 @@
+"""Presets: YAML files that come with the package, called by name, each of which may extend another."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from t6_lightning.common.errors import BadInput
+from t6_lightning.model.config import T6Config
+
+FOLDER = Path(__file__).parent
+
+
+def preset_names() -> list[str]:
+    """Every preset, as `--config` takes it."""
+    return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
+
+
+def model_presets() -> list[str]:
+    """The presets that describe a model; those of `data/` are combined with one."""
+    return [name for name in preset_names() if not name.startswith("data/")]
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else "`python -m t6_lightning params` lists the presets"
+    )
+    return f"{name!r} is neither a file nor a preset: {hint}"
+
+
+def config_file(name: str) -> Path:
+    """The YAML file of a preset's name or a path.
+
+    Raises:
+        BadInput: neither a file nor a preset, or a file whose settings cannot be read.
+    """
+    if Path(name).is_file():
+        settings(Path(name))
+        return Path(name)
+    preset = FOLDER / f"{name}.yaml"
+    if preset.is_file():
+        return preset
+    raise BadInput(_unknown(name))
+
+
+def settings(file: Path) -> dict[str, Any]:
+    """The settings of a preset or configuration file, those of the file that it `extends` included.
+
+    `extends: NAME_OR_FILE` names a preset, or a file seen from the folder of the one that says so. Its settings hold
+    wherever this file says nothing: mappings are merged, everything else is replaced, and so is a mapping with
+    another class_path, whose init_args are another class's.
+
+    Raises:
+        BadInput: a file that is no text, no YAML or no mapping, a base that does not exist, or files that extend
+            each other in a circle.
+    """
+    return _settings(file, ())
+
+
+def _settings(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in above:
+        circle = " extends ".join(path.name for path in (*above[above.index(file.resolve()) :], file))
+        raise BadInput(f"extends={above[-1].name!r} is not possible: {circle} again, which is a circle")
+    own = _read_yaml(file)
+    if "extends" not in own:
+        return own
+    name = own.pop("extends")
+    if not isinstance(name, str):
+        raise BadInput(f"extends={name!r} is not possible in {file}: it takes the name of one preset or file")
+    candidates = (FOLDER / f"{name}.yaml", file.parent / name)
+    base = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if base is None:
+        raise BadInput(f"extends={name!r} is not possible in {file}: {_unknown(name)}")
+    return _merged(_settings(base, (*above, file.resolve())), own)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `own` says instead."""
+
+    def class_name(mapping: dict[str, Any]) -> str:
+        return str(mapping.get("class_path", "")).rpartition(".")[2]
+
+    if "class_path" in own and class_name(own) != class_name(base):
+        return own
+    merged = dict(base)
+    for name, value in own.items():
+        before = base.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            value = _merged(before, value)
+        merged[name] = value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML wants 1.0e-4."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """PyYAML would keep the last of two equal keys, and say nothing."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]!r} stands twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+MERGE = "tag:yaml.org,2002:merge"
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds no settings: a configuration is a YAML mapping such as `trainer: ...`")
+    return content
+
+
+def load_net(name: str) -> T6Config:
+    """The model of a preset or configuration file, without building the rest of it.
+
+    Raises:
+        BadInput: no such file, no YAML, no `model.net`, or an impossible model.
+    """
+    file = config_file(name)
+    try:
+        net = settings(file)["model"]["net"]
+    except (KeyError, TypeError):
+        raise BadInput(f"{file} describes no model: it lacks model.net") from None
+    return T6Config.from_dict(net)

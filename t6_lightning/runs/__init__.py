@@ -1,0 +1,1 @@
+"""Runs: their folders, costs, tracking and reports, and `fit`, which trains one."""

@@ -1,0 +1,116 @@
+"""What a run will cost, said before anything is spent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from t6_lightning.common.errors import BadInput
+from t6_lightning.common.home import t6_home
+
+if TYPE_CHECKING:
+    from t6_lightning.cli.training import T6CLI
+
+BYTES_PER_PARAMETER = 12  # float32 weight and AdamW's two moments: what a checkpoint holds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Costs of a run.
+
+    Attributes:
+        n_parameters: of the model.
+        steps, tokens_per_step, micro_batches: optimizer steps, tokens of each, micro-batches per rank of each.
+        flops: model FLOPs of all training tokens.
+        state_bytes: weights, gradients and optimizer in float32 on each device.
+        disk_bytes: checkpoints at their most: those kept, and the one being written.
+    """
+
+    n_parameters: int
+    steps: int
+    tokens_per_step: int
+    micro_batches: int
+    flops: float
+    state_bytes: int
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, cli: T6CLI) -> Plan:
+        net, data = cli.model.config, cli.datamodule
+        micro_batches = cli.cadence.resolve(data.batch_size, data.context, cli.trainer.world_size)
+        tokens_per_step = cli.cadence.tokens_per_step
+        assert tokens_per_step is not None
+        # Said in the run's configuration, it stays the same on another number of ranks.
+        cli.config.cadence.tokens_per_step = tokens_per_step
+        parameters = net.n_parameters()
+        steps = cli.trainer.max_steps
+        return cls(
+            n_parameters=parameters,
+            steps=steps,
+            tokens_per_step=tokens_per_step,
+            micro_batches=micro_batches,
+            flops=net.training_flops() * steps * tokens_per_step,
+            state_bytes=parameters * (BYTES_PER_PARAMETER + 4),
+            disk_bytes=parameters * BYTES_PER_PARAMETER * (cli.checkpoints.keep + 1),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All training tokens."""
+        return self.steps * self.tokens_per_step
+
+    def least_seconds(self, matrix_rate: float) -> float:
+        """Time of all FLOPs at `matrix_rate` FLOP/s: real training takes longer."""
+        return self.flops / matrix_rate
+
+    def sentence(self) -> str:
+        """One line to print before a run."""
+        return (
+            f"{self.n_parameters:,} parameters, {self.steps:,} steps of {self.tokens_per_step:,} tokens "
+            f"({self.micro_batches} micro-batches each), checkpoints need up to {self.disk_bytes / 1e6:,.0f} MB of disk"
+        )
+
+    def check_disk(self) -> None:
+        """Refuse a run whose checkpoints cannot fit.
+
+        Raises:
+            BadInput: T6_HOME cannot be written to, or less disk is free than the kept checkpoints take.
+        """
+        folder: Path = t6_home()
+        while not folder.exists():
+            folder = folder.parent
+        if not os.access(folder, os.W_OK):
+            raise BadInput(f"T6_HOME={str(t6_home())!r} is not possible: {folder} cannot be written to")
+        free = shutil.disk_usage(folder).free
+        if free < self.disk_bytes:
+            raise BadInput(
+                f"checkpoints need {_in_words(self.disk_bytes)} and {t6_home()} has {_in_words(free)} free: "
+                "make room, set T6_HOME elsewhere, or lower checkpoints.keep"
+            )
+
+
+def _in_words(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, width: int, tokens: int = 4096) -> float:
+    """FLOP/s of a product (tokens, width) × (width, 4 · width) on this device, the best of 10."""
+    left = torch.randn(tokens, width, device=device, dtype=dtype)
+    right = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        started = perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, perf_counter() - started)
+    return 2 * tokens * width * 4 * width / best

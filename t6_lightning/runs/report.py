@@ -1,0 +1,225 @@
+"""The end of a run: measured cache, a generated sample, the loss curve, and one short table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from datamodules.base import TokenData
+from t6_lightning import presets
+from t6_lightning.common.console import console, python
+from t6_lightning.common.files import write_atomically
+from t6_lightning.model.cache import KVCache
+from t6_lightning.model.generate import generate
+from t6_lightning.model.t6 import T6
+from t6_lightning.runs.folder import RunFolder
+from t6_lightning.training.callbacks.progress import duration
+
+if TYPE_CHECKING:
+    from t6_lightning.cli.training import T6CLI
+    from t6_lightning.runs.plan import Plan
+
+PROMPT_TOKENS = 32
+SAMPLE_SEED = 0
+
+
+def preset_label(file: Path) -> str:
+    """A preset's name, or the name of a file that is none."""
+    try:
+        return file.absolute().relative_to(presets.FOLDER).with_suffix("").as_posix()
+    except ValueError:
+        return file.stem
+
+
+def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
+    """Write counts, reference compressions and the fingerprint of the data as data.json."""
+    file = folder.path / "data.json"
+    write_atomically(file, json.dumps({"fingerprint": data.fingerprint, **data.summary()}, indent=2) + "\n")
+    return file
+
+
+def finish(cli: T6CLI, folder: RunFolder, trained: T6, faults: Mapping[str, int]) -> dict[str, Any]:
+    """Measure what is measured once, log it with the artifacts, and write summary.json. Rank 0 alone calls it.
+
+    Args:
+        faults: kind -> how often it was met in reading, on all ranks.
+    """
+    net = cli.model.config
+    figures = cli.model.figures
+    cache, text, speed = sample_text(trained, cli.datamodule, cli.trainer.precision == "bf16-mixed")
+    element_bytes = next(iter(cache.tensors.values())).element_size()
+    logical_bytes = cache.logical_bytes / len(cache.lengths)
+    mha_elements = net.n_layers * 2 * net.d_model
+    once = {
+        "kv_cache/bytes_per_token": logical_bytes / cache.capacity,
+        "kv_cache/padding_bytes_per_token": cache.padding_bytes / len(cache.lengths) / cache.capacity,
+        "kv_cache/predicted_bytes_per_token": net.cache_bytes_per_token(element_bytes),
+        "kv_cache/bytes_at_full_context": logical_bytes,
+        "kv_cache/predicted_bytes_at_full_context": net.cache_bytes_per_token(element_bytes) * net.context,
+        "kv_cache/ratio_to_mha": logical_bytes / cache.capacity / (mha_elements * element_bytes),
+        "decode/tokens_per_second": speed,
+        "n_parameters": sum(p.numel() for p in trained.parameters()),
+    }
+    step = cli.trainer.max_steps
+    cli.tracking.log_metrics(once, step=step)
+    sample_file = folder.path / "sample.txt"
+    write_atomically(sample_file, text)
+    for file in (sample_file, plot_losses(cli, folder)):
+        cli.tracking.log_artifact(file)
+    data = cli.datamodule.summary()
+    references = {name: data[name] for name in REFERENCES if data.get(name) is not None}
+    validations = cli.tracking.history("val/bits_per_byte")
+    summary = figures | once | references | {
+        "val/bits_per_byte_before": validations[-2][1] if len(validations) > 1 else None,
+        "kv_cache/dtype": str(next(iter(cache.tensors.values())).dtype).removeprefix("torch."),
+        "kv_cache/mha_bytes_per_token": mha_elements * element_bytes,
+        "data/tokens": step * (cli.cadence.tokens_per_step or 0),
+        "data/fingerprint": cli.datamodule.fingerprint,
+        "data/faults": dict(faults),
+        "mechanism": net.attention.mechanism,
+        "step": step,
+        "seconds": round(time.monotonic() - cli.started, 1),
+        "checkpoint": str(folder.last_checkpoint()),
+        "mlflow_run_id": cli.tracking.version,
+    }  # fmt: skip
+    write_atomically(folder.summary_file, json.dumps(summary, indent=2) + "\n")
+    cli.tracking.log_artifact(folder.summary_file)
+    return summary
+
+
+REFERENCES = {
+    "unigram_bits_per_byte": "unigram model of the same tokens",
+    "gzip_bits_per_byte": "gzip -9 of the same text",
+    "xz_bits_per_byte": "xz -9 of the same text",
+}
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any]:
+    """The summary of a finished run."""
+    return json.loads(folder.summary_file.read_text())
+
+
+def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, float]:
+    """Continue the opening of a validation document of each domain up to the full context.
+
+    Returns:
+        the cache that generation used, the text, and the decoded tokens per second.
+    """
+    net, device = net.eval(), net.embedding.weight.device
+    prompts: dict[int, torch.Tensor] = {}
+    for batch in data.val_dataloader():
+        if len(prompts) == len(data.domains):
+            break
+        for domain, tokens in zip(batch["domain"].tolist(), batch["tokens"], strict=True):
+            prompts.setdefault(domain, tokens[: min(PROMPT_TOKENS, data.context - 1)])
+    capacity = data.context
+    cache = net.new_cache(len(prompts), capacity, torch.bfloat16 if half else None)
+    prompt_BT = torch.stack(list(prompts.values())).to(device)
+    generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
+    n_new = capacity - prompt_BT.shape[1] + 1
+    tokens = []
+    started = 0.0
+    # Compiled blocks stay eager here: a cache that grows by a token a step would be compiled anew each time.
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.compiler.set_stance("force_eager"):
+        for token_B in generate(net, prompt_BT, n_new, top_k=50, generator=generator, cache=cache):
+            tokens.append(token_B.cpu())
+            started = started or time.perf_counter()  # the first token is the prefill's
+    speed = len(prompts) * (n_new - 1) / max(time.perf_counter() - started, 1e-9)
+    parts = []
+    for row, domain in enumerate(prompts):
+        prompt = data.tokenizer.decode([t for t in prompt_BT[row].tolist() if t != data.tokenizer.eot])
+        text = data.tokenizer.decode([int(t[row]) for t in tokens])
+        parts.append(f"=== {data.domains[domain]}: the prompt ends at »»»\n{prompt}»»»{text}\n")
+    return cache, "\n".join(parts), speed
+
+
+def plot_losses(cli: T6CLI, folder: RunFolder) -> Path:
+    """Draw training and validation loss over tokens as loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tokens_per_step = cli.cadence.tokens_per_step or 1
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, style, label in (("train/loss", "-", "training"), ("val/loss", "o-", "validation")):
+        history = cli.tracking.history(name)
+        axes.plot(
+            [s * tokens_per_step / 1e6 for s, _ in history], [v for _, v in history], style, label=label
+        )
+    config = cli.model.config
+    axes.set_title(
+        f"{folder.name}: {config.attention.mechanism}, {config.n_parameters() / 1e6:.2f} M parameters"
+    )
+    axes.set_xlabel("tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file = folder.path / "loss.png"
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return file
+
+
+def print_plan(plan: Plan, matrix_rate: float) -> None:
+    """What `--dry_run` shows; `matrix_rate` in FLOP/s."""
+    table = Table("this run", "", title="plan", title_justify="left")
+    table.add_row("parameters", f"{plan.n_parameters:,}")
+    table.add_row("tokens", f"{plan.tokens:,} = {plan.steps:,} steps × {plan.tokens_per_step:,}")
+    table.add_row("micro-batches per step and rank", f"{plan.micro_batches}")
+    table.add_row("training FLOPs", f"{plan.flops:.3g}")
+    table.add_row("memory for weights, gradients, optimizer", f"{plan.state_bytes / 1e6:,.0f} MB")
+    table.add_row("disk for checkpoints, at most", f"{plan.disk_bytes / 1e6:,.0f} MB")
+    least = duration(plan.least_seconds(matrix_rate))
+    table.add_row(
+        "time, at least", f"{least} at the {matrix_rate / 1e9:,.0f} GFLOP/s of one matrix product here"
+    )
+    console.print(table)
+
+
+def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """The short table at the end of `fit`, and what to do next."""
+    table = Table("result", "", title=f"run {folder.name}", title_justify="left")
+    table.add_row("parameters", f"{summary['n_parameters']:,.0f}")
+    table.add_row("training tokens", f"{summary['data/tokens']:,} in {summary['step']:,} steps")
+    table.add_row("validation loss", f"{summary['val/loss']:.4f} nats per token")
+    table.add_row("validation perplexity", f"{summary['val/perplexity']:.2f}")
+    now, before = summary["val/bits_per_byte"], summary["val/bits_per_byte_before"]
+    trend = "" if before is None else f", {_trend(before - now)} from {before:.4f} at the validation before"
+    table.add_row("validation bits per byte", f"{now:.4f}{trend}")
+    for name, value in summary.items():
+        if name.endswith("/bits_per_byte") and name.count("/") == 2:
+            table.add_row(f"  {name.split('/')[1]}", f"{value:.4f}")
+    for name, label in REFERENCES.items():
+        if name in summary:
+            table.add_row(f"  {label}", f"{summary[name]:.4f} (the model: {now / summary[name] - 1:+.1%})")
+    measured, predicted = summary["kv_cache/bytes_per_token"], summary["kv_cache/predicted_bytes_per_token"]
+    mha = summary["kv_cache/mha_bytes_per_token"]
+    table.add_row(
+        f"KV cache, bytes per token ({summary['kv_cache/dtype']})",
+        f"{measured:,.0f} measured, {predicted:,.0f} predicted, {mha:,.0f} MHA ({measured / mha:.3f}×)",
+    )
+    table.add_row("time", f"{summary['seconds']:,.0f} s")
+    console.print(table)
+    console.print(f"checkpoint   {summary['checkpoint']}", soft_wrap=True)
+    console.print(f"see the run  {python()} -m mlflow_server", soft_wrap=True)
+    generate = f"{python()} -m t6_lightning generate --ckpt_path {summary['checkpoint']} --prompt 'def main'"
+    console.print(f"write text   {generate}", soft_wrap=True)
+
+
+def _trend(fall: float) -> str:
+    return "still falling" if fall > 0 else "no longer falling"
+
+
+def print_figures(title: str, figures: dict[str, float]) -> None:
+    """A plain table of metrics."""
+    table = Table("metric", "value", title=title, title_justify="left")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)

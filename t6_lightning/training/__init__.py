@@ -1,0 +1,1 @@
+"""The LightningModule, its optimizer and schedule, metrics, and the callbacks around training steps."""

@@ -1,0 +1,447 @@
+"""The operation benchmark: JSON, table, bad input, and a light --help."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import needs_interpreter
+
+from kernels.bench import cases, decode_table, files, report
+from kernels.bench.__main__ import main
+from kernels.bench.others import REFERENCE_FILES, Reference
+from kernels.bench.plot import main as plot
+from kernels.decode import decode
+
+TINY = {
+    "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
+    "contract": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
+    "attention": ["--batch", "1", "--context", "33", "--heads", "6", "--head-dim", "8", "--kv-heads", "2"],
+    "linear": ["--batch", "3", "--inputs", "24", "--outputs", "40"],
+    "swiglu": ["--batch", "1", "--context", "5", "--hidden", "24"],
+    "loss": ["--batch", "1", "--context", "33", "--d-model", "8", "--vocabulary", "65"],
+}
+RECORDED = Path(__file__).parents[2] / "kernels/results/decode.json"
+QUICK = ["--seconds", "0", "--device", "cpu"]
+
+
+def check(result: dict, operation: str, backends: set[str]) -> None:
+    assert result["operation"] == operation
+    assert {row["backend"] for row in result["rows"]} >= backends
+    assert result["copy_bytes_per_second"] > 1e8
+    assert {"device", "torch", "git_commit", "date", "dtype", "sizes"} <= result.keys()
+    for row in result["rows"]:
+        low, high = row["quartiles_s"]
+        assert 0 < low <= row["median_s"] <= high
+        baseline = next(
+            other
+            for other in result["rows"]
+            if other["mode"] == row["mode"] and other["backend"] == row["ratio_to"]
+        )
+        assert row["ratio"] == pytest.approx(baseline["median_s"] / row["median_s"])
+
+
+@pytest.mark.parametrize(
+    ("operation", "backends"),
+    [
+        ("contract", {"plain", "plain, Q K V of 2, 2, 2", "separate passes"}),
+        ("attention", {"plain", "sdpa"}),
+        ("swiglu", {"plain"}),
+        ("loss", {"plain (chunks)", "all logits"}),
+    ],
+)
+def test_json_on_standard_output(operation, backends, capsys):
+    assert main([operation, *TINY[operation], *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, operation, backends)
+    assert {row["mode"] for row in result["rows"]} == {"forward", "forward+backward"}
+
+
+def test_linear_layers_of_few_rows(capsys):
+    assert main(["linear", *TINY["linear"], *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, "linear", {"plain", "plain, residual", "plain, norm and SwiGLU"})
+    # The weight, 3 rows in and 3 rows out, 4 bytes each; the residual; a second weight.
+    alone = 4 * (24 * 40 + 3 * 24 + 3 * 40)
+    assert [row["least_bytes"] for row in result["rows"]] == [alone, alone + 4 * 3 * 40, alone + 4 * 24 * 40]
+
+
+def test_the_papers_sizes(capsys, monkeypatch):
+    assert [sizes["heads"] for sizes in cases.PAPER_SIZES["contract"]] == [34, 34, 47, 47, 61, 61, 78, 78]
+    small = [{**sizes, "batch": 1, "context": 3} for sizes in cases.PAPER_SIZES["contract"][:2]]
+    monkeypatch.setitem(cases.PAPER_SIZES, "contract", small)
+    assert main(["contract", "--paper", *QUICK, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [case["sizes"]["rank"] for case in found["cases"]] == [6, 2]
+    for case in found["cases"]:
+        rank = case["sizes"]["rank"]
+        check(case, "contract", {"plain", f"plain, Q K V of {rank}, 2, 2", "separate passes"})
+    # Forward: a 34·6, b 64·6 and the result 34·64 of 3 tokens, 4 bytes each; both passes: factors 3 times, 2 results.
+    factors, result = 4 * 3 * 6 * (34 + 64), 4 * 3 * 34 * 64
+    assert [row["least_bytes"] for row in found["cases"][0]["rows"][:2]] == [
+        factors + result,
+        3 * factors + 2 * result,
+    ]
+
+
+def test_the_papers_sizes_without_memory_are_one_sentence(capsys, monkeypatch):
+    one = {"batch": 1, "context": 3, "d_model": 8, "vocabulary": 65}
+    monkeypatch.setitem(cases.PAPER_SIZES, "loss", [one, {**one, "context": 10**14}])
+    with pytest.raises(SystemExit) as left:
+        main(["loss", "--paper", *QUICK])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m kernels.bench: --paper (--batch 1 --context 100000000000000 --d-model 8 --vocabulary 65):"
+        " there is no memory for these sizes here\n"
+    )
+
+
+def test_as_a_command_with_json_in_a_file(tmp_path):
+    file = tmp_path / "decode.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.bench", "decode", *TINY["decode"], *QUICK, "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    check(result, "decode", {"plain", "sdpa", "MHA over a full cache"})
+    assert result["sizes"] == {"batch": 1, "context": 33, "queries": 1, "heads": 3, "head_dim": 8, "rank": 2}
+    # q and o: 3·8; a: 2·33·2·3; b: 2·33·2·8 elements of 4 bytes.
+    assert result["rows"][0]["least_bytes"] == 4 * (2 * 24 + 2 * 198 + 2 * 528)
+    assert "median ms" in done.stdout
+    assert "MHA over a full cache" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["decode", "--rank", "0"], "--rank: must be a whole number of at least 1, got '0'"),
+        (["attention", "--heads", "6", "--kv-heads", "4"], "--kv-heads 4 must divide --heads 6"),
+        (["contract", "--head-dim", "7"], "--head-dim must be even for RoPE, got 7"),
+        (["loss", "--seconds", "soon"], "--seconds: must be a number of seconds, got 'soon'"),
+        (["loss", "--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["loss", "--paper", "--d-model", "8"], "--paper has its own sizes: leave out --d-model"),
+        (["decode", "--paper"], "unrecognized arguments: --paper"),
+        (["decode", "--table"], "--table times the Triton kernel: it needs a CUDA device"),
+        (["decode", "--launches"], "--launches times the Triton kernel: it needs a CUDA device"),
+        (
+            ["decode", "--launches", "--table"],
+            "--launches has its own sizes, dtype and repetitions: leave out --table",
+        ),
+        (["decode", "--launches", "--reference", "."], "dtype and repetitions: leave out --reference"),
+        (
+            ["decode", "--table", "--head-dim", "8"],
+            "its own sizes, dtype and repetitions: leave out --head-dim",
+        ),
+        (["decode", "--table", "--dtype", "float16"], "dtype and repetitions: leave out --dtype"),
+        (["decode", "--table", "--seconds", "0"], "dtype and repetitions: leave out --seconds"),
+        (["train"], "invalid choice: 'train'"),
+        (
+            ["decode", "--context", "1" + 14 * "0"],
+            "--context 100000000000000: there is no memory for these sizes",
+        ),
+        (["loss", "--d-model", "1" + 20 * "0"], "--d-model 100000000000000000000: there is no memory"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, *(["--device", "cpu"] if arguments != ["train"] else [])])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_help_does_not_import_torch():
+    script = (
+        "import sys, contextlib\n"
+        "from kernels.bench.__main__ import main\n"
+        "with contextlib.suppress(SystemExit): main(['decode', '--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--rank N" in done.stdout
+
+
+def test_help_says_what_the_command_does(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert "Times one operation of the kernels" in said
+    assert "torch" not in said
+
+
+def test_the_decode_table_covers_its_groups_and_renders():
+    listed = decode_table.cases()
+    assert len(set(listed)) == len(listed)
+    assert {(c.heads, c.head_dim, c.rank) for c in listed} >= set(
+        product((16, 32, 48, 64), (64, 128), (1, 2, 4))
+    )
+    assert all(c.n_bytes >= 2.56e8 for c in listed if c.group == "256 MB and more")
+    assert all(1.6e7 <= c.n_bytes < 2.56e8 for c in listed if c.group == "16 to 256 MB")
+    row = {
+        **asdict(listed[0]),
+        "cache_bytes": listed[0].n_bytes,
+        "median_s": 1e-4,
+        "share_of_copy_bandwidth": 0.9,
+        "plain_s": 1e-3,
+        "gqa8_s": None,
+        "mqa_s": 5e-5,
+        "reference_s": 1.5e-4,
+        "times_one_dense_query": None,
+    }
+    result = {
+        "device": "D",
+        "torch": "2",
+        "triton": "3",
+        "dtype": "bfloat16",
+        "git_commit": None,
+        "date": "today",
+    }
+    other = {"what": "MLA", "batch": 16, "tokens": 4096, "cache_bytes": 75e6}
+    others = [
+        other | {"median_s": 5e-5, "share_of_copy_bandwidth": 0.5},
+        other | {"why_not": "RuntimeError: no nvcc"},
+    ]
+    result |= {"copy_bytes_per_second": 3e12, "recompilations": 0, "rows": [row], "others": others}
+    text = decode_table.table(result)
+    assert (
+        "| 16, 64, 1 | 16 | 65,536 | 1 | padded | 336 | 100.0 | 90.0% | 10.00× |  | 0.50× | 1.50× |  |"
+        in text
+    )
+    assert "copy 3000 GB/s; 0 recompilations" in text
+    assert "| MLA | 16 | 4,096 | 75 | 50.0 | 50.0% |" in text
+    assert "| MLA | 16 | 4,096 | | RuntimeError: no nvcc | |" in text
+
+
+def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
+    for case in decode_table.cases():
+        lengths, capacity = decode_table._lengths(case, 4, torch.device("cpu"))
+        assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
+        assert capacity >= lengths[-1].max()
+        assert lengths[0].min() >= case.queries
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "changes", [{"further": 4}, {"shared_b": True}, {"pages": 64}, {"queries": 3}], ids=str
+)
+def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
+    """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
+    monkeypatch.setattr(decode_table, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(decode_table, "FEWEST_CALLS", 4)
+    monkeypatch.setattr(decode_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
+    case = decode_table.Case(8, 16, 2, 2, 128, **changes)
+    results = decode_table._tpa_times(case, torch.device("cpu"))
+    assert len(results) == 4
+    assert all(math.isfinite(result) for result in results)
+    tensors = {x.data_ptr(): x for x in decode_table._factors(case, torch.device("cpu"), 2, 128)}
+    assert sum(x.nbytes for x in tensors.values()) == case.n_bytes
+    said = {"further": "padded order 3 (4 × 4)", "shared_b": "padded shared b", "pages": "padded paged"}
+    assert case.how == said.get(next(iter(changes)), "padded")
+
+
+STAND_IN = """
+import torch
+from xopes.utils import generate_configs
+configs = generate_configs({"num_warps": [2, 4], "BLOCK": [128]})
+calls = []
+
+def tpa_decode_parallel_bn_triton(aq, ak, av, bq, bk, bv):
+    calls.append((aq, ak, av, bq, bk, bv))
+    if ak.dim() == 3:
+        ak, av, bk, bv = (x.unsqueeze(-1) for x in (ak, av, bk, bv))
+    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
+    k = torch.einsum("bmhs,bmds->bmhd", ak, bk) / ak.shape[-1]
+    v = torch.einsum("bmhs,bmds->bmhd", av, bv) / ak.shape[-1]
+    p = (torch.einsum("bthd,bmhd->bthm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bthm,bmhd->bthd", p, v)
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder laid out as the paper's public code, with functions of the same arguments."""
+    for name in REFERENCE_FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(STAND_IN)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_reference_is_called_in_its_own_layout(clone: Path, rank: int):
+    """What it returns is what our kernel makes of the same factors."""
+    pytest.importorskip("triton")
+    paper = Reference(clone)
+    got = paper.call(2, 9, 3, 8, rank, torch.device("cpu"))()
+    [(aq, ak, av, bq, bk, bv)] = (paper._single if rank == 1 else paper._several).calls
+    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
+    ours = [x.unsqueeze(2) if rank == 1 else x.transpose(-1, -2) for x in (ak, bk, av, bv)]
+    expected = decode(q.float(), *(x.float() for x in ours), scale=8**-0.5, backend="plain")
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path, capsys, tmp_path_factory):
+    for folder, sentence in (
+        (tmp_path_factory.mktemp("empty"), "flashtpa_decode_triton.py is not there; name a clone"),
+        (clone, "the paper's kernel is timed on a CUDA device, in bfloat16, on one query"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["decode", *TINY["decode"], *QUICK, "--reference", str(folder)])
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
+def test_a_picture_of_the_table(tmp_path: Path):
+    assert plot([str(RECORDED), str(tmp_path / "decode.png")]) == 0
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+    # One of the cases is enough.
+    table = json.loads(RECORDED.read_text())
+    table["rows"] = [row for row in table["rows"] if row["heads"] == 47]
+    (tmp_path / "some.json").write_text(json.dumps(table))
+    assert plot([str(tmp_path / "some.json"), str(tmp_path / "some.svg")]) == 0
+    assert (tmp_path / "some.svg").read_text().startswith("<?xml")
+    for kind, start in (("pdf", b"%PDF"), ("jpg", b"\xff\xd8"), ("webp", b"RIFF")):
+        assert plot([str(tmp_path / "some.json"), str(tmp_path / f"some.{kind}")]) == 0
+        assert (tmp_path / f"some.{kind}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("value", ["0.9", [1], math.nan, 10**400], ids=lambda value: str(value)[:5])
+@pytest.mark.parametrize("name", ["gqa8_s", "median_s", "tokens", "share_of_copy_bandwidth"])
+def test_a_picture_of_what_is_no_number_is_one_sentence(name, value, tmp_path: Path, capsys):
+    table = json.loads(RECORDED.read_text())
+    [place, *_] = [i for i, row in enumerate(table["rows"]) if row["gqa8_s"] is not None]
+    table["rows"][place][name] = value
+    (tmp_path / "x.json").write_text(json.dumps(table))
+    assert plot([str(tmp_path / "x.json"), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"x.json: rows[{place}].{name} must be a number, got {value!r}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "holds no table of decode cases"),
+        (b"3", "holds no table of decode cases"),
+        (b'{"rows": [1], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [{}], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "holds no table"),
+        (b'{"rows": [], "dtype": 1, "device": 1, "copy_bytes_per_second": 1}', "none of the cases that are"),
+    ],
+)
+def test_a_picture_of_something_else_is_one_sentence(content, sentence, tmp_path: Path, capsys):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    assert plot([str(tmp_path / "x.json"), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("x", "allowed endings: ."),
+        ("x.json", "allowed endings: ."),
+        ("x.pgf", ", .pdf, .png, .ps"),
+        ("no/x.png", "there is no such folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_path: Path, capsys):
+    assert plot([str(RECORDED), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "plan", lambda *_, **__: pytest.fail("something was timed"))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for name, sentence in (
+        (str(loop), "it cannot be written (Too many levels of symbolic links)"),
+        (str(tmp_path / (300 * "x")), "it cannot be written (File name too long)"),
+        (str(tmp_path), "it is a folder"),
+        ("", "it names no file"),
+        (str(tmp_path / "absent" / "x.json"), "there is no such folder"),
+        ("/proc/x.json", "it cannot be written"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["loss", *QUICK, "--json", name])
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert f"--json {name!r}: {sentence}" in error
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [loop]
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("older")
+    assert files.why_not_writable(str(file)) is None
+    assert file.read_text() == "older"
+    with pytest.raises(UnicodeEncodeError):
+        files.write(str(file), "newer \ud800")
+    assert file.read_text() == "older"
+    files.write(str(file), "newer")
+    assert file.read_text() == "newer"
+    assert [found.name for found in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device"):
+        files.write("/dev/full", "x")
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    assert files.why_not_writable(str(link)) is None
+    files.write(str(link), "x")
+    assert link.is_symlink()
+    assert file.read_text() == "x"
+
+
+def test_json_goes_through_a_pipe():
+    """The one behind /dev/stdout has no path of its own."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "kernels.bench", "linear"),
+            *TINY["linear"],
+            *QUICK,
+            "--json",
+            "/dev/stdout",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"operation": "linear"' in done.stdout
+    assert "median ms" in done.stdout
+
+
+def test_an_interrupted_run_says_so(capsys, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "run", interrupt)
+    with pytest.raises(SystemExit) as left:
+        main(["linear", *TINY["linear"], *QUICK, "--json", str(tmp_path / "x.json")])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "python -m kernels.bench: interrupted\n"
+    assert not list(tmp_path.iterdir())
