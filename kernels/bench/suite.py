@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kernels.bench import targets
+from kernels.bench import operations, targets
 from kernels.bench.__main__ import Parser, seconds
 
 PYTHON = sys.executable
@@ -55,7 +55,8 @@ def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
         named["decode"] += ["--reference", str(reference)]
     return named | {
         name: [*BENCH, name, "--paper", *json(name)]
-        for name in ("linear", "contract", "attention", "swiglu", "loss")
+        for name, operation in operations.find().items()
+        if operation.has_paper_sizes
     }
 
 

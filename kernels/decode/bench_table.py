@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from kernels.bench.report import environment
 from kernels.bench.timing import copy_bandwidth, event_seconds, graph_times, median, quantile
 from kernels.decode import decode, layout
 from kernels.decode.grouped import decode_grouped
+
+HELP = "the Triton kernel over heads, ranks, lengths and layouts beside SDPA (needs a GPU)"
+FOLDERS = ("reference",)
 
 ROTATED_BYTES = 2.56e8
 # Calls of one graph: what it takes to start the graph is shared by all of them.
@@ -116,14 +120,16 @@ def cases() -> list[Case]:
 
 
 def run(
-    device: torch.device, *, chosen: list[Case] | None = None, reference: Reference | None = None
+    device: torch.device, *, chosen: list[Case] | None = None, reference: Path | None = None
 ) -> dict[str, Any]:
-    """Times the cases, beside them the paper's kernel where there is a `reference`; seconds and bytes per second.
+    """Times the cases, beside them the paper's kernel from the clone `reference`; seconds and bytes per second.
 
-    Raises AssertionError when a longer cache, another batch or another capacity compiled a kernel anew.
+    Raises AssertionError when a longer cache, another batch or another capacity compiles a kernel again, and
+    ValueError, in one sentence, for a folder without the paper's kernel.
     """
     from kernels.decode import triton as kernel
 
+    paper = None if reference is None else Reference(reference)
     torch.manual_seed(0)
     result: dict[str, Any] = {
         "operation": "decode",
@@ -139,7 +145,7 @@ def run(
         times = _tpa_times(case, device)
         key = (case.heads, case.head_dim, case.batch, case.tokens, case.queries)
         if key not in baselines:
-            baselines[key] = _baselines(case, device, reference)
+            baselines[key] = _baselines(case, device, paper)
         row = {
             **asdict(case),
             "cache_bytes": case.n_bytes,

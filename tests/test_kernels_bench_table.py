@@ -1,0 +1,140 @@
+"""The decode kernel over a table of cases, beside the paper's kernel and other baselines."""
+
+import math
+from dataclasses import asdict
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import needs_interpreter
+
+from kernels.bench.__main__ import main
+from kernels.bench.others import REFERENCE_FILES, Reference
+from kernels.decode import bench_table, decode
+
+TINY = ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"]
+QUICK = ["--seconds", "0", "--device", "cpu"]
+
+
+def test_the_decode_table_covers_its_groups_and_renders():
+    listed = bench_table.cases()
+    assert len(set(listed)) == len(listed)
+    assert {(c.heads, c.head_dim, c.rank) for c in listed} >= set(
+        product((16, 32, 48, 64), (64, 128), (1, 2, 4))
+    )
+    assert all(c.n_bytes >= 2.56e8 for c in listed if c.group == "256 MB and more")
+    assert all(1.6e7 <= c.n_bytes < 2.56e8 for c in listed if c.group == "16 to 256 MB")
+    row = {
+        **asdict(listed[0]),
+        "cache_bytes": listed[0].n_bytes,
+        "median_s": 1e-4,
+        "share_of_copy_bandwidth": 0.9,
+        "plain_s": 1e-3,
+        "gqa8_s": None,
+        "mqa_s": 5e-5,
+        "reference_s": 1.5e-4,
+        "times_one_dense_query": None,
+    }
+    result = {
+        "device": "D",
+        "torch": "2",
+        "triton": "3",
+        "dtype": "bfloat16",
+        "git_commit": None,
+        "date": "today",
+    }
+    other = {"what": "MLA", "batch": 16, "tokens": 4096, "cache_bytes": 75e6}
+    others = [
+        other | {"median_s": 5e-5, "share_of_copy_bandwidth": 0.5},
+        other | {"why_not": "RuntimeError: no nvcc"},
+    ]
+    result |= {"copy_bytes_per_second": 3e12, "recompilations": 0, "rows": [row], "others": others}
+    text = bench_table.table(result)
+    assert (
+        "| 16, 64, 1 | 16 | 65,536 | 1 | padded | 336 | 100.0 | 90.0% | 10.00× |  | 0.50× | 1.50× |  |"
+        in text
+    )
+    assert "copy 3000 GB/s; 0 recompilations" in text
+    assert "| MLA | 16 | 4,096 | 75 | 50.0 | 50.0% |" in text
+    assert "| MLA | 16 | 4,096 | | RuntimeError: no nvcc | |" in text
+
+
+def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
+    for case in bench_table.cases():
+        lengths, capacity = bench_table._lengths(case, 4, torch.device("cpu"))
+        assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
+        assert capacity >= lengths[-1].max()
+        assert lengths[0].min() >= case.queries
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "changes", [{"further": 4}, {"shared_b": True}, {"pages": 64}, {"queries": 3}], ids=str
+)
+def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
+    """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
+    monkeypatch.setattr(bench_table, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(bench_table, "FEWEST_CALLS", 4)
+    monkeypatch.setattr(bench_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
+    case = bench_table.Case(8, 16, 2, 2, 128, **changes)
+    results = bench_table._tpa_times(case, torch.device("cpu"))
+    assert len(results) == 4
+    assert all(math.isfinite(result) for result in results)
+    tensors = {x.data_ptr(): x for x in bench_table._factors(case, torch.device("cpu"), 2, 128)}
+    assert sum(x.nbytes for x in tensors.values()) == case.n_bytes
+    said = {"further": "padded order 3 (4 × 4)", "shared_b": "padded shared b", "pages": "padded paged"}
+    assert case.how == said.get(next(iter(changes)), "padded")
+
+
+STAND_IN = """
+import torch
+from xopes.utils import generate_configs
+configs = generate_configs({"num_warps": [2, 4], "BLOCK": [128]})
+calls = []
+
+def tpa_decode_parallel_bn_triton(aq, ak, av, bq, bk, bv):
+    calls.append((aq, ak, av, bq, bk, bv))
+    if ak.dim() == 3:
+        ak, av, bk, bv = (x.unsqueeze(-1) for x in (ak, av, bk, bv))
+    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
+    k = torch.einsum("bmhs,bmds->bmhd", ak, bk) / ak.shape[-1]
+    v = torch.einsum("bmhs,bmds->bmhd", av, bv) / ak.shape[-1]
+    p = (torch.einsum("bthd,bmhd->bthm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bthm,bmhd->bthd", p, v)
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder laid out as the paper's public code, with functions of the same arguments."""
+    for name in REFERENCE_FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(STAND_IN)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_reference_is_called_in_its_own_layout(clone: Path, rank: int):
+    """What it returns is what our kernel makes of the same factors."""
+    pytest.importorskip("triton")
+    paper = Reference(clone)
+    got = paper.call(2, 9, 3, 8, rank, torch.device("cpu"))()
+    [(aq, ak, av, bq, bk, bv)] = (paper._single if rank == 1 else paper._several).calls
+    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
+    ours = [x.unsqueeze(2) if rank == 1 else x.transpose(-1, -2) for x in (ak, bk, av, bv)]
+    expected = decode(q.float(), *(x.float() for x in ours), scale=8**-0.5, backend="plain")
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path, capsys, tmp_path_factory):
+    for folder, sentence in (
+        (tmp_path_factory.mktemp("empty"), "flashtpa_decode_triton.py is not there; name a clone"),
+        (clone, "the paper's kernel is timed on a CUDA device, in bfloat16, on one query"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["decode", *TINY, *QUICK, "--reference", str(folder)])
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
