@@ -5,15 +5,15 @@ from dataclasses import asdict
 import torch
 from interpreter import needs_interpreter
 
-from kernels.decode import bench_launches, bench_table
+from kernels.decode import bench_cases, bench_launches
 from kernels.decode.launch import Launch, choose_launch
 
 
 @needs_interpreter
 def test_launches_of_a_case_are_timed_beside_the_one_that_is_taken(monkeypatch):
     """By Triton's interpreter in place of a graph: the fastest is found, one that fails says why."""
-    monkeypatch.setattr(bench_table, "ROTATED_BYTES", 0)
-    monkeypatch.setattr(bench_table, "FEWEST_CALLS", 1)
+    monkeypatch.setattr(bench_cases, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(bench_cases, "FEWEST_CALLS", 1)
     monkeypatch.setattr(bench_launches, "FEWEST_BYTES", 150_000)
     used: list[Launch] = []
     launched = bench_launches._launched
@@ -27,10 +27,10 @@ def test_launches_of_a_case_are_timed_beside_the_one_that_is_taken(monkeypatch):
             raise RuntimeError("out of resources\nand more")
         return [used[-1].tile + used[-1].programs + used[-1].warps + used[-1].stages / 10]
 
-    monkeypatch.setattr(bench_table, "graph_times", graph_times)
+    monkeypatch.setattr(bench_launches, "graph_times", graph_times)
     given = [
-        bench_table.Case(8, 64, 1, 2, 64),
-        bench_table.Case(24, 32, 2, 2, 64, queries=2, shared_b=True),
+        bench_cases.Case(8, 64, 1, 2, 64),
+        bench_cases.Case(24, 32, 2, 2, 64, queries=2, shared_b=True),
     ]
     result = bench_launches.run(torch.device("cpu"), chosen=given)
     for case, row in zip(given, result["rows"], strict=True):

@@ -1,7 +1,7 @@
 """The decode kernel over a table of cases, beside the paper's kernel and other baselines."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from interpreter import needs_interpreter
 
 from kernels.bench.__main__ import main
 from kernels.bench.others import REFERENCE_FILES, Reference
-from kernels.decode import bench_table, decode
+from kernels.decode import bench_baselines, bench_cases, bench_table, decode
 
 TINY = ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"]
 QUICK = ["--seconds", "0", "--device", "cpu"]
 
 
 def test_the_decode_table_covers_its_groups_and_renders():
-    listed = bench_table.cases()
+    listed = bench_cases.cases()
     assert len(set(listed)) == len(listed)
     assert {(c.heads, c.head_dim, c.rank) for c in listed} >= set(
         product((16, 32, 48, 64), (64, 128), (1, 2, 4))
@@ -61,8 +61,8 @@ def test_the_decode_table_covers_its_groups_and_renders():
 
 
 def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
-    for case in bench_table.cases():
-        lengths, capacity = bench_table._lengths(case, 4, torch.device("cpu"))
+    for case in bench_cases.cases():
+        lengths, capacity = bench_cases.lengths_of_calls(case, 4, torch.device("cpu"))
         assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
         assert capacity >= lengths[-1].max()
         assert lengths[0].min() >= case.queries
@@ -74,17 +74,67 @@ def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
 )
 def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
     """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
-    monkeypatch.setattr(bench_table, "ROTATED_BYTES", 0)
-    monkeypatch.setattr(bench_table, "FEWEST_CALLS", 4)
-    monkeypatch.setattr(bench_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
-    case = bench_table.Case(8, 16, 2, 2, 128, **changes)
-    results = bench_table._tpa_times(case, torch.device("cpu"))
+    monkeypatch.setattr(bench_cases, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(bench_cases, "FEWEST_CALLS", 4)
+    case = bench_cases.Case(8, 16, 2, 2, 128, **changes)
+    results = [call().sum().item() for call in bench_cases.tpa_calls(case, torch.device("cpu"))]
     assert len(results) == 4
     assert all(math.isfinite(result) for result in results)
-    tensors = {x.data_ptr(): x for x in bench_table._factors(case, torch.device("cpu"), 2, 128)}
+    tensors = {x.data_ptr(): x for x in bench_cases.factors(case, torch.device("cpu"), 2, 128)}
     assert sum(x.nbytes for x in tensors.values()) == case.n_bytes
     said = {"further": "padded order 3 (4 × 4)", "shared_b": "padded shared b", "pages": "padded paged"}
     assert case.how == said.get(next(iter(changes)), "padded")
+
+
+def test_baselines_are_measured_once_for_all_that_they_are_the_same_for(monkeypatch):
+    """Each has seconds of its own here, so that a case which gets another's figure is seen."""
+    measured: list[tuple] = []
+
+    def measure(name: str):
+        def seconds(case: bench_cases.Case, device: torch.device, **options: object) -> float:
+            measured.append((name, case, tuple(options.values())))
+            return float(len(measured))
+
+        return seconds
+
+    for name in ("_plain_seconds", "_sdpa_seconds", "_reference_seconds"):
+        monkeypatch.setattr(bench_baselines, name, measure(name))
+    baselines = bench_baselines.Baselines(torch.device("cpu"), object())
+    case = bench_cases.Case(32, 64, 1, 16, 1024)
+    first = baselines.of(case)
+    assert None not in first.values()
+    assert len(measured) == len(set(first.values())) == 4
+    for same in ({"layout": "record"}, {"lengths": "ragged"}, {"pages": 64}, {"group": "odd head counts"}):
+        assert baselines.of(replace(case, **same)) == first
+    assert len(measured) == 4
+    # SDPA knows no rank, the plain twin and the paper's kernel do.
+    other_rank = baselines.of(replace(case, rank=2))
+    assert {name for name in first if first[name] != other_rank[name]} == {"plain_s", "reference_s"}
+    for change in ({"heads": 16}, {"head_dim": 128}, {"batch": 1}, {"tokens": 2048}):
+        assert not set(baselines.of(replace(case, **change)).values()) & set(first.values())
+    assert set(baselines.of(replace(case, queries=2)).values()) == {None}
+    assert baselines.of(replace(case, heads=47))["gqa8_s"] is None
+
+
+def test_whether_the_plain_twin_runs_does_not_depend_on_what_ran_before(monkeypatch):
+    for name in ("_plain_seconds", "_sdpa_seconds"):
+        monkeypatch.setattr(bench_baselines, name, lambda *_, **__: 1.0)
+    for groups in (("256 MB and more", "by length"), ("by length", "256 MB and more")):
+        baselines = bench_baselines.Baselines(torch.device("cpu"), None)
+        found = {
+            group: baselines.of(bench_cases.Case(32, 64, 1, 16, 1024, group=group))["plain_s"]
+            for group in groups
+        }
+        assert found == {"256 MB and more": 1.0, "by length": None}
+
+
+def test_each_baseline_runs(monkeypatch):
+    """On the clock of a CPU in place of a graph."""
+    monkeypatch.setattr(bench_baselines, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(bench_baselines, "graph_times", lambda calls: [calls[0]().float().sum().item()])
+    monkeypatch.setattr(bench_baselines, "event_seconds", lambda run: run().float().sum().item())
+    found = bench_baselines.Baselines(torch.device("cpu"), None).of(bench_cases.Case(8, 16, 2, 2, 64))
+    assert {name for name, value in found.items() if value is not None} == {"plain_s", "gqa8_s", "mqa_s"}
 
 
 STAND_IN = """

@@ -11,7 +11,7 @@ A `bench.py` holds
     rows(sizes, dtype, **folders)   a list of `kernels.bench.plan.Row`; ValueError, in one sentence, for sizes that
                                     do not go together
 
-Each `bench_<name>.py` beside it is a longer run on a GPU, started by `--<name>`. It holds
+Each `bench_<name>.py` beside it that has HELP is a longer run on a GPU, started by `--<name>`. It holds
 
     HELP         of that option
     FOLDERS      names of those of the operation's options that it takes too; may be left out
@@ -67,6 +67,7 @@ def _operation(file: Path) -> Operation:
         long_runs={
             name: LongRun(run.literal("HELP"), tuple(run.literal("FOLDERS", ())))
             for name, run in runs.items()
+            if "HELP" in run.values
         },
     )
 

@@ -1,7 +1,7 @@
 """Which launch of the decode kernel is the fastest: `python -m kernels.bench decode --launches`.
 
 `kernels.decode.launch.choose_launch` follows what this finds on an H100; on another GPU it says what that choice costs.
-Every launch of a case reads the same caches, one behind the other, as in `kernels.decode.bench_table`. Compiling takes
+Every launch of a case reads the same caches, one behind the other, as in `kernels.decode.bench_cases`. Compiling takes
 most of the time, so that other processes do it first.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from kernels.bench.report import environment
-from kernels.bench.timing import copy_bandwidth, median
-from kernels.decode import bench_table
-from kernels.decode.bench_table import Case
+from kernels.bench.timing import copy_bandwidth, graph_times, median
+from kernels.decode.bench_cases import Case, tpa_calls
+from kernels.decode.bench_table import where
 from kernels.decode.launch import Launch, Work, choose_launch, leaves_room
 
 HELP = "all launches of the Triton kernel beside the one that it takes (needs a GPU)"
@@ -84,7 +84,7 @@ def run(device: torch.device, *, chosen: Sequence[Case] | None = None) -> dict[s
     rows = []
     for case, mine in zip(listed, launches, strict=True):
         torch.manual_seed(0)
-        calls = bench_table.tpa_calls(case, device)
+        calls = tpa_calls(case, device)
         timed = [{**asdict(launch), **_seconds(calls, launch)} for launch in mine]
         known = [launch for launch in timed if "median_s" in launch]
         row: dict[str, Any] = {**asdict(case), "cache_bytes": case.n_bytes, "launches": timed}
@@ -107,7 +107,7 @@ def table(result: dict[str, Any]) -> str:
     """Markdown, one row a case: the launch that is taken and the fastest."""
     return "\n".join(
         [
-            f"{bench_table.where(result)}; a launch: tile, warps, stages, programs",
+            f"{where(result)}; a launch: tile, warps, stages, programs",
             "",
             "| h, d_h, R | T | layout | launches | taken | µs | fastest | µs | taken over fastest |",
             "| --- " * 9 + "|",
@@ -157,7 +157,7 @@ def _work(case: Case, device: torch.device) -> Work:
 
     with _launched(pick):
         try:
-            bench_table.tpa_calls(replace(case, tokens=FEW_TOKENS), device)[0]()
+            tpa_calls(replace(case, tokens=FEW_TOKENS), device)[0]()
         except _AskedError as asked:
             return asked.args[0]
     raise AssertionError(f"no launch was asked for: {case}")
@@ -166,7 +166,7 @@ def _work(case: Case, device: torch.device) -> Work:
 def _seconds(calls: Sequence[Callable[[], object]], launch: Launch) -> dict[str, Any]:
     with _launched(lambda work: launch):
         try:
-            return {"median_s": median(bench_table.graph_times(calls))}
+            return {"median_s": median(graph_times(calls))}
         except Exception as error:  # Triton has several for what does not fit
             return {"why_not": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
@@ -182,7 +182,7 @@ def _compile(work: Sequence[tuple[Case, Launch]], device: torch.device) -> None:
 
 
 def _compile_one(case: Case, launch: Launch, device: str) -> None:
-    calls = bench_table.tpa_calls(replace(case, tokens=FEW_TOKENS), torch.device(device))
+    calls = tpa_calls(replace(case, tokens=FEW_TOKENS), torch.device(device))
     with _launched(lambda work: launch):
         try:
             calls[0]()
