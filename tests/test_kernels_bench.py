@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -228,6 +229,61 @@ def test_a_new_operation_needs_no_other_file(doubled: Path, capsys):
     assert "Times twice a number." in said
     assert "--their-code DIR" in said
     assert "--paper" not in said
+
+
+LONG_RUN = """
+HELP = "many numbers"
+FOLDERS = ("their_code",)
+
+
+def run(device, *, save, their_code=None):
+    result = {"complete": False, "their_code": str(their_code), "rows": []}
+    for row in range(3):
+        result["rows"].append(row)
+        save(result)
+        if their_code is None and row == 1:
+            raise KeyboardInterrupt
+    return result | {"complete": True}
+
+
+def table(result):
+    return f"{len(result['rows'])} rows"
+"""
+
+
+def test_a_long_run_writes_its_rows_as_they_come(doubled: Path, tmp_path: Path, capsys, monkeypatch):
+    (doubled / "bench_many.py").write_text(LONG_RUN)
+    (doubled / "bench_helper.py").write_text("")
+    assert operations.find()["doubled"].long_runs.keys() == {"many"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("kernels.place.TRITON_IS_INSTALLED", True)
+    file = tmp_path / "x.json"
+    file.write_text("older")
+    with pytest.raises(SystemExit) as left:
+        main(["doubled", "--many", "--json", str(file)])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == (
+        f"python -m kernels.bench: interrupted; the finished rows are in {file}\n"
+    )
+    assert json.loads(file.read_text()) == {"complete": False, "their_code": "None", "rows": [0, 1]}
+    assert main(["doubled", "--many", "--their-code", "F", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == {"complete": True, "their_code": "F", "rows": [0, 1, 2]}
+    assert capsys.readouterr().out == "3 rows\n"
+    # Standard output and pipes take one document.
+    assert main(["doubled", "--many", "--their-code", "F", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    with pytest.raises(SystemExit):
+        main(["doubled", "--many", "--size", "3"])
+    assert "--many has its own sizes, dtype and repetitions: leave out --size" in capsys.readouterr().err
+
+
+def test_rows_go_into_no_pipe_before_the_end(tmp_path: Path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert files.is_regular(str(tmp_path / "new"))
+    assert files.is_regular(str(tmp_path / "file"))
+    assert not files.is_regular(str(tmp_path / "pipe"))
+    assert not files.is_regular("/dev/null")
 
 
 def test_a_declaration_that_cannot_be_read_names_its_file(doubled: Path):

@@ -32,7 +32,12 @@ def test_launches_of_a_case_are_timed_beside_the_one_that_is_taken(monkeypatch):
         bench_cases.Case(8, 64, 1, 2, 64),
         bench_cases.Case(24, 32, 2, 2, 64, queries=2, shared_b=True),
     ]
-    result = bench_launches.run(torch.device("cpu"), chosen=given)
+    saved: list[int] = []
+    result = bench_launches.run(
+        torch.device("cpu"), chosen=given, save=lambda result: saved.append(len(result["rows"]))
+    )
+    assert saved == [1, 2]
+    assert result["complete"]
     for case, row in zip(given, result["rows"], strict=True):
         taken = choose_launch(bench_launches._work(case, torch.device("cpu")))
         assert asdict(taken).items() <= row["launches"][0].items()

@@ -1,5 +1,6 @@
 """The decode kernel over a table of cases, beside the paper's kernel and other baselines."""
 
+import json
 import math
 from dataclasses import asdict, replace
 from itertools import pairwise, product
@@ -135,6 +136,42 @@ def test_each_baseline_runs(monkeypatch):
     monkeypatch.setattr(bench_baselines, "event_seconds", lambda run: run().float().sum().item())
     found = bench_baselines.Baselines(torch.device("cpu"), None).of(bench_cases.Case(8, 16, 2, 2, 64))
     assert {name for name, value in found.items() if value is not None} == {"plain_s", "gqa8_s", "mqa_s"}
+
+
+@needs_interpreter
+def test_a_stopped_table_has_given_its_finished_rows_away(monkeypatch):
+    """By Triton's interpreter in place of a graph, which the third case does not come to."""
+    monkeypatch.setattr(bench_cases, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(bench_cases, "FEWEST_CALLS", 1)
+    monkeypatch.setattr(bench_table, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench_table, "_recompilations", lambda device: 0)
+    times = iter([[2e-3], [3e-3], [4e-3]])
+    monkeypatch.setattr(bench_table, "graph_times", lambda calls: calls[0]() is not None and next(times))
+    monkeypatch.setattr(bench_baselines.Baselines, "of", lambda *_: dict.fromkeys(bench_baselines.NAMES))
+    one = bench_cases.Case(8, 16, 1, 1, 64)
+    saved: list[str] = []
+    given = [one, replace(one, queries=2)]
+    result = bench_table.run(
+        torch.device("cpu"), chosen=given, save=lambda result: saved.append(json.dumps(result))
+    )
+    assert [len(json.loads(text)["rows"]) for text in saved] == [1, 2]
+    assert not json.loads(saved[-1])["complete"]
+    assert result == json.loads(saved[-1]) | {"complete": True}
+    assert [row["times_one_dense_query"] for row in result["rows"]] == [None, 1.5]
+    assert "| 8, 16, 1 | 1 | 64 | 2 | padded |" in bench_table.table(json.loads(saved[-1]))
+
+    def stop(calls: list) -> list[float]:
+        raise KeyboardInterrupt
+
+    saved.clear()
+    times = iter([[2e-3]])
+    monkeypatch.setattr(bench_table, "graph_times", lambda calls: stop(calls) if saved else next(times))
+    with pytest.raises(KeyboardInterrupt):
+        bench_table.run(
+            torch.device("cpu"), chosen=given, save=lambda result: saved.append(json.dumps(result))
+        )
+    [kept] = saved
+    assert [row["median_s"] for row in json.loads(kept)["rows"]] == [2e-3]
 
 
 STAND_IN = """

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -121,6 +121,7 @@ def long_run(
     chosen: str,
     sizes: Sequence[str],
     arguments: argparse.Namespace,
+    save: Callable[[dict], None],
 ) -> tuple[dict, str]:
     """The run of `kernels/<name>/bench_<chosen>.py`. Raises ValueError, in one sentence, for what cannot run."""
     taken = operation.long_runs[chosen].folders
@@ -143,7 +144,7 @@ def long_run(
         )
     bench = import_module(f"kernels.{name}.bench_{chosen}")
     folders = {option: getattr(arguments, option) for option in taken}
-    result = bench.run(torch.device("cuda"), **folders)
+    result = bench.run(torch.device("cuda"), save=save, **folders)
     return result, bench.table(result)
 
 
@@ -167,13 +168,21 @@ def main(argv: list[str] | None = None) -> int:
             except ValueError as error:
                 raise ValueError(f"--json {error}") from error
 
+    saved = False
+
+    def save(result: dict) -> None:
+        nonlocal saved
+        if file is not None and files.is_regular(file):  # a pipe takes one document, at the end
+            write(result)
+            saved = True
+
     name, operation = arguments.operation, found[arguments.operation]
     given: dict[str, int | None] = {option: getattr(arguments, option) for option in operation.options}
     try:
         named = [size for size, value in given.items() if value]
         chosen = next((run for run in operation.long_runs if getattr(arguments, run)), None)
         if chosen is not None:
-            result, table = long_run(name, operation, chosen, named, arguments)
+            result, table = long_run(name, operation, chosen, named, arguments, save)
         elif getattr(arguments, "paper", False):
             result, table = paper_sizes(name, operation, named, arguments)
         else:
@@ -186,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
+        kept = f"; the finished rows are in {file}" if saved else ""
+        parser.exit(130, f"{parser.prog}: interrupted{kept}\n")
     return 0
 
 

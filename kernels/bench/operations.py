@@ -15,8 +15,8 @@ Each `bench_<name>.py` beside it that has HELP is a longer run on a GPU, started
 
     HELP         of that option
     FOLDERS      names of those of the operation's options that it takes too; may be left out
-    run(device, **folders)   a dictionary for JSON
-    table(result)            the same for reading
+    run(device, *, save, **folders)   a dictionary for JSON; calls `save` with what there is of it after each row
+    table(result)                     the same for reading
 
 WHAT, OPTIONS, HELP and FOLDERS are literals: they are read from the source, as setuptools reads `attr:`, because
 importing an operation imports torch and --help must not wait for that.

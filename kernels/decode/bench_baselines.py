@@ -5,7 +5,7 @@ Shapes: B batch, T query tokens, M cached tokens, H heads, G KV heads, D head di
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -102,7 +102,7 @@ def _plain_seconds(case: Case, device: torch.device) -> float:
     return median([event_seconds(run) for _ in range(3)])
 
 
-def other_mechanisms(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
+def other_mechanisms(device: torch.device, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Other mechanisms by our kernel, and MLA and GQA by FlashInfer where it is installed."""
     # name, elements of a token, how to make a call
     mechanisms: list[tuple[str, int, Callable[[int, int], Callable[[], torch.Tensor]]]] = [
@@ -128,7 +128,6 @@ def other_mechanisms(device: torch.device, bandwidth: float) -> list[dict[str, A
                 lambda batch, tokens: others.flashinfer_grouped(batch, tokens, 32, 8, 64, device),
             ),
         ]
-    rows = []
     for batch, tokens in ((16, 65536), (1, 65536)):
         for what, elements, make in mechanisms:
             torch.cuda.empty_cache()
@@ -143,8 +142,7 @@ def other_mechanisms(device: torch.device, bandwidth: float) -> list[dict[str, A
             # A library that builds itself at its first call can fail in any way: the table goes on without it.
             except Exception as error:
                 row["why_not"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _grouped_call(

@@ -74,14 +74,31 @@ def candidates(work: Work) -> list[Launch]:
     return list(dict.fromkeys(found))
 
 
-def run(device: torch.device, *, chosen: Sequence[Case] | None = None) -> dict[str, Any]:
-    """Seconds of every launch of every case, the one that `choose_launch` takes first; a failed one says why."""
+def run(
+    device: torch.device,
+    *,
+    chosen: Sequence[Case] | None = None,
+    save: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """Seconds of every launch of every case, the one that `choose_launch` takes first; a failed one says why.
+
+    `save` takes the result after each case; its "complete" is False until the last one.
+    """
     listed = cases() if chosen is None else list(chosen)
     launches = [candidates(_work(case, device)) for case in listed]
     _compile([(case, launch) for case, mine in zip(listed, launches, strict=True) for launch in mine], device)
     from kernels.decode import triton as kernel
 
-    rows = []
+    save = save or (lambda result: None)
+    result: dict[str, Any] = {
+        "operation": "decode launches",
+        "dtype": "bfloat16",
+        "copy_bytes_per_second": copy_bandwidth(device),
+        **environment(device),
+        "triton": kernel.triton.__version__,
+        "complete": False,
+        "rows": [],
+    }
     for case, mine in zip(listed, launches, strict=True):
         torch.manual_seed(0)
         calls = tpa_calls(case, device)
@@ -89,18 +106,12 @@ def run(device: torch.device, *, chosen: Sequence[Case] | None = None) -> dict[s
         known = [launch for launch in timed if "median_s" in launch]
         row: dict[str, Any] = {**asdict(case), "cache_bytes": case.n_bytes, "launches": timed}
         row["best"] = min(known, key=lambda launch: launch["median_s"]) if known else None
-        rows.append(row)
-        # As it goes: of a run that is stopped, this is what is left.
+        result["rows"].append(row)
+        save(result)
         print(_line(row), file=sys.stderr, flush=True)
         del calls
-    return {
-        "operation": "decode launches",
-        "dtype": "bfloat16",
-        "copy_bytes_per_second": copy_bandwidth(device),
-        **environment(device),
-        "triton": kernel.triton.__version__,
-        "rows": rows,
-    }
+    result["complete"] = True
+    return result
 
 
 def table(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Every time is of CUDA graph replays, per call.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,15 @@ FOLDERS = ("reference",)
 
 
 def run(
-    device: torch.device, *, chosen: list[Case] | None = None, reference: Path | None = None
+    device: torch.device,
+    *,
+    chosen: list[Case] | None = None,
+    reference: Path | None = None,
+    save: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Times the cases, beside them the paper's kernel from the clone `reference`; seconds and bytes per second.
+
+    `save` takes the result after each row; its "complete" is False until the last one.
 
     Raises AssertionError when a longer cache, another batch or another capacity compiles a kernel again, and
     ValueError, in one sentence, for a folder without the paper's kernel.
@@ -40,8 +47,11 @@ def run(
         **environment(device),
         "triton": kernel.triton.__version__,
         "recompilations": _recompilations(device),
+        "complete": False,
         "rows": [],
+        "others": [],
     }
+    save = save or (lambda result: None)
     baselines = Baselines(device, paper)
     for case in chosen or cases():
         times = graph_times(tpa_calls(case, device))
@@ -54,23 +64,30 @@ def run(
             **baselines.of(case),
         }
         result["rows"].append(row)
-        # As it goes: of a run that is stopped, this is what is left.
+        _compare_to_dense(result["rows"])
+        save(result)
         print(
             f"{case.heads}, {case.head_dim}, {case.rank}; {case.batch} x {case.tokens:,}, {case.queries}, {case.how}:"
             f" {row['median_s'] * 1e6:.1f} µs, {row['share_of_copy_bandwidth']:.1%}",
             file=sys.stderr,
             flush=True,
         )
-    result["others"] = [] if chosen else other_mechanisms(device, result["copy_bytes_per_second"])
-    by_case = {tuple(row[name] for name in Case.__dataclass_fields__): row for row in result["rows"]}
-    for row in result["rows"]:
-        # The same work by one query, or dense: what several queries, ragged rows and pages cost.
+    for row in [] if chosen else other_mechanisms(device, result["copy_bytes_per_second"]):
+        result["others"].append(row)
+        save(result)
+    result["complete"] = True
+    return result
+
+
+def _compare_to_dense(rows: list[dict[str, Any]]) -> None:
+    """Sets "times_one_dense_query" of each row: its time over that of the same work by one query over dense rows."""
+    by_case = {tuple(row[name] for name in Case.__dataclass_fields__): row for row in rows}
+    for row in rows:
         twin = {name: row[name] for name in Case.__dataclass_fields__}
         twin |= {"queries": 1, "lengths": "even", "pages": 0}
-        candidates = [by_case.get(tuple((twin | {"group": group}).values())) for group in _groups(result)]
+        candidates = [by_case.get(tuple((twin | {"group": group}).values())) for group in _groups(rows)]
         base = next((found for found in candidates if found is not None and found is not row), None)
         row["times_one_dense_query"] = row["median_s"] / base["median_s"] if base else None
-    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -78,7 +95,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{where(result)}; {result['recompilations']} recompilations",
     ]
-    for group in _groups(result):
+    for group in _groups(result["rows"]):
         lines += [
             "",
             f"**{group}**",
@@ -131,8 +148,8 @@ def _other_line(row: dict[str, Any]) -> str:
     return f"{case} {row['cache_bytes'] / 1e6:.0f} | {row['median_s'] * 1e6:.1f} | {share:.1%} |"
 
 
-def _groups(result: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["group"] for row in result["rows"]))
+def _groups(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["group"] for row in rows))
 
 
 def _recompilations(device: torch.device) -> int:
