@@ -5,13 +5,15 @@ import math
 from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from interpreter import needs_interpreter
 
+from kernels.bench import operations, others
 from kernels.bench.__main__ import main
-from kernels.bench.others import REFERENCE_FILES, Reference
+from kernels.bench.others import REFERENCE_FILES, Reference, TuningLimit
 from kernels.decode import bench_baselines, bench_cases, bench_table, decode
 
 TINY = ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"]
@@ -100,21 +102,29 @@ def test_baselines_are_measured_once_for_all_that_they_are_the_same_for(monkeypa
 
     for name in ("_plain_seconds", "_sdpa_seconds", "_reference_seconds"):
         monkeypatch.setattr(bench_baselines, name, measure(name))
-    baselines = bench_baselines.Baselines(torch.device("cpu"), object())
+    tuning = SimpleNamespace(left_out=0)
+    baselines = bench_baselines.Baselines(torch.device("cpu"), SimpleNamespace(tuning=tuning))
+
+    def seconds_of(case: bench_cases.Case) -> dict[str, float | None]:
+        return {name: value for name, value in baselines.of(case).items() if name.endswith("_s")}
+
     case = bench_cases.Case(32, 64, 1, 16, 1024)
-    first = baselines.of(case)
+    first = seconds_of(case)
     assert None not in first.values()
     assert len(measured) == len(set(first.values())) == 4
     for same in ({"layout": "record"}, {"lengths": "ragged"}, {"pages": 64}, {"group": "odd head counts"}):
-        assert baselines.of(replace(case, **same)) == first
+        assert seconds_of(replace(case, **same)) == first
     assert len(measured) == 4
     # SDPA knows no rank, the plain twin and the paper's kernel do.
-    other_rank = baselines.of(replace(case, rank=2))
+    other_rank = seconds_of(replace(case, rank=2))
     assert {name for name in first if first[name] != other_rank[name]} == {"plain_s", "reference_s"}
     for change in ({"heads": 16}, {"head_dim": 128}, {"batch": 1}, {"tokens": 2048}):
-        assert not set(baselines.of(replace(case, **change)).values()) & set(first.values())
-    assert set(baselines.of(replace(case, queries=2)).values()) == {None}
-    assert baselines.of(replace(case, heads=47))["gqa8_s"] is None
+        assert not set(seconds_of(replace(case, **change)).values()) & set(first.values())
+    assert set(seconds_of(replace(case, queries=2)).values()) == {None}
+    assert seconds_of(replace(case, heads=47))["gqa8_s"] is None
+    tuning.left_out = 3
+    assert baselines.of(case)["reference_settings_left_out"] == 0
+    assert baselines.of(replace(case, tokens=9))["reference_settings_left_out"] == 3
 
 
 def test_whether_the_plain_twin_runs_does_not_depend_on_what_ran_before(monkeypatch):
@@ -225,3 +235,54 @@ def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
+
+
+def test_the_autotuning_of_the_reference_is_bounded(monkeypatch):
+    """Triton's own autotuner, with settings that take 4 s each on a clock of their own."""
+    triton = pytest.importorskip("triton")
+    clock = [0.0]
+    monkeypatch.setattr(others.time, "monotonic", lambda: clock[0])
+    tried: list[int] = []
+    broken: set[int] = set()
+
+    def bench(*args: object, config: "triton.Config", **options: object) -> list[float]:
+        block = config.kwargs["BLOCK"]
+        tried.append(block)
+        clock[0] += 4
+        return [math.inf if block in broken else 10.0 - block] * 3
+
+    def kernel(N, BLOCK): ...
+
+    tuner = triton.autotune([triton.Config({"BLOCK": block}) for block in range(6)], key=["N"])(
+        triton.jit(kernel)
+    )
+    tuner._bench = bench
+    tuner.fn = SimpleNamespace(run=lambda *args, **options: options["BLOCK"])
+    theirs = ModuleType("theirs")
+    theirs.kernel = tuner
+    limit = TuningLimit([theirs], 10)
+
+    def size(N: int) -> int:
+        """The setting that is taken."""
+        tried.clear()
+        limit.begin()
+        return tuner.run(N=N)
+
+    # Three settings begin within 10 s.
+    assert size(1) == 2
+    assert tried == [0, 1, 2]
+    assert limit.left_out == 3
+    # The fastest so far comes first, and the limit is of each size.
+    assert size(2) == 2
+    assert tried == [2, 0, 1]
+    # One that runs is found, however long it takes.
+    broken.update({2, 0, 1})
+    assert size(3) == 3
+    assert tried == [2, 0, 1, 3]
+    limit.limit = 100
+    assert size(4) == 5
+    assert limit.left_out == 0
+    assert (
+        f"gets {others.REFERENCE_TUNING_SECONDS} s for each size"
+        in (operations.find()["decode"].folders["reference"])
+    )

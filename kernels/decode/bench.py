@@ -22,7 +22,10 @@ OPTIONS = {
     "head_dim": "features per head",
     "rank": "rank of K and of V",
 }
-FOLDERS = {"reference": "a clone of the paper's public code, whose kernel is timed too (needs a GPU)"}
+FOLDERS = {
+    "reference": "a clone of the paper's public code, whose kernel is timed too (needs a GPU); its autotuner gets"
+    " 10 s for each size"
+}
 # 34 heads: the small T6; 47: the medium one (table 9).
 CPU_SIZES = {"batch": 1, "context": 4096, "queries": 1, "heads": 34, "head_dim": 64, "rank": 2}
 GPU_SIZES = {"batch": 16, "context": 32768, "queries": 1, "heads": 47, "head_dim": 64, "rank": 2}

@@ -20,7 +20,7 @@ from kernels.decode import decode
 from kernels.decode.bench_cases import FEWEST_CALLS, MOST_CALLS, ROTATED_BYTES, Case, factors
 from kernels.decode.grouped import decode_grouped
 
-NAMES = ("plain_s", "gqa8_s", "mqa_s", "reference_s")
+NAMES = ("plain_s", "gqa8_s", "mqa_s", "reference_s", "reference_settings_left_out")
 # Groups of cases without the plain twin: it makes full keys and values, and other groups time it at these sizes.
 WITHOUT_PLAIN = ("by length", "rows made on the chip")
 
@@ -28,7 +28,8 @@ WITHOUT_PLAIN = ("by length", "rows made on the chip")
 class Baselines:
     """Seconds of one call of the plain twin, of SDPA with 8 and with 1 KV heads, and of the paper's kernel.
 
-    Each is measured once for all cases that it does the same work for.
+    Each is measured once for all cases that it does the same work for. "reference_settings_left_out": how many settings
+    of the paper's kernel its autotuner did not come to.
     """
 
     def __init__(self, device: torch.device, reference: Reference | None) -> None:
@@ -37,7 +38,7 @@ class Baselines:
         self._known: dict[tuple[str, Case], float | None] = {}
 
     def of(self, case: Case) -> dict[str, float | None]:
-        """Name -> seconds, None for what does not run on this case."""
+        """Name -> figure, None for what does not run on this case."""
         found: dict[str, float | None] = dict.fromkeys(NAMES)
         if case.queries > 1:
             return found
@@ -52,6 +53,11 @@ class Baselines:
         if self._reference is not None:
             found["reference_s"] = self._once(
                 "reference_s", dense, partial(_reference_seconds, reference=self._reference)
+            )
+            # Of the tuning that has just ended, where it was not known already.
+            left_out = self._reference.tuning.left_out
+            found["reference_settings_left_out"] = self._once(
+                "reference_settings_left_out", dense, lambda *_: left_out
             )
         if case.group not in WITHOUT_PLAIN:
             found["plain_s"] = self._once("plain_s", dense, _plain_seconds)
