@@ -347,7 +347,9 @@ class TokenData(LightningDataModule, ABC):
                 self.context,
             )
         if state["seed"] != self.seed:
-            log.warning("The order of samples keeps the checkpoint's seed %d, not %d.", state["seed"], self.seed)
+            log.warning(
+                "The order of samples keeps the checkpoint's seed %d, not %d.", state["seed"], self.seed
+            )
         self.seed = state["seed"]
 
     def nothing(self) -> Batch:

@@ -371,7 +371,10 @@ class TrainingStream(IterableDataset):
             batch["marks"] = torch.from_numpy(np.array(marks))
         met = self.data.news.take()
         if met.passing or met.damage:
-            batch["faults"] = dict(met.passing), dict(met.damage)  # pinning memory doubles what a Counter holds
+            batch["faults"] = (
+                dict(met.passing),
+                dict(met.damage),
+            )  # pinning memory doubles what a Counter holds
         return batch
 
 

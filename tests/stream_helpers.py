@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from data_helpers import many_texts
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.base import TokenData
 

@@ -239,20 +239,23 @@ class T6Module(pl.LightningModule):
         """Nats per counted token of the last optimizer step."""
         return self.step_sums[0] / self.step_sums[1].clamp_min(1)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [_StepLog()]
+
+    def log_step(self) -> None:
+        """Log the optimizer step just taken, if one was, where it is due."""
         if not self._has_stepped:
             return
         self._has_stepped = False
-        step = self.trainer.global_step
         writes = logs_step(self.trainer)
-        if not (writes or step == 1):  # the first value is for callbacks; loggers do not get it
+        if not (writes or self.trainer.global_step == 1):  # the first is for callbacks; loggers do not get it
             return
         nats, counted = self._unlogged
         log_at_step(
             self,
             {
                 "train/loss": nats / counted,  # nan: every step was refused
-                "optim/lr": torch.tensor(self._rate, dtype=torch.float64),
+                "optim/lr": self._rate,
                 "optim/grad_norm": self.grad_norm,
             },
         )
@@ -300,3 +303,16 @@ class T6Module(pl.LightningModule):
 
     def _token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.net.token_losses(batch["tokens"], batch["targets"], self._documents(batch))
+
+
+class _StepLog(pl.Callback):
+    """Logs steps after other callbacks have seen them, and before a checkpoint is taken.
+
+    Lightning calls the module itself after all callbacks; a checkpoint would then hold a loss that is logged already.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, T6Module)
+        pl_module.log_step()

@@ -14,8 +14,8 @@ import torch
 
 from t6_lightning.checkpoint import files as checkpoint_files
 from t6_lightning.checkpoint.files import CheckpointError
-from t6_lightning.common.errors import BadInput
 from t6_lightning.checkpoint.io import VerifiedCheckpointIO
+from t6_lightning.common.errors import BadInput
 
 
 def some_state(elements: int = 1000) -> dict[str, Any]:

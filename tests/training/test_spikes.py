@@ -203,12 +203,12 @@ def test_a_spike_stands_out_above_the_accepted_losses() -> None:
     guard = SpikeGuard("skip", sigmas=3, window=4)
     norm = torch.tensor(1.0)
     accepted = [
-        guard._accepts(torch.tensor(loss), norm) for loss in (9.0, 1.0, 1.1, 0.9, 50.0, 1.0, 50.0, 2.0)
+        guard.accepts_step(torch.tensor(loss), norm) for loss in (9.0, 1.0, 1.1, 0.9, 50.0, 1.0, 50.0, 2.0)
     ]
     # 50 comes after 9, 1, 1.1, 0.9 (deviation 4) and then after 1, 1.1, 0.9, 1; falling losses are no spikes.
     assert accepted == [True, True, True, True, False, True, False, False]
-    assert not guard._accepts(torch.tensor(1.0), torch.tensor(float("inf")))
-    assert SpikeGuard("skip", sigmas=None)._accepts(torch.tensor(1e9), norm)
+    assert not guard.accepts_step(torch.tensor(1.0), torch.tensor(float("inf")))
+    assert SpikeGuard("skip", sigmas=None).accepts_step(torch.tensor(1e9), norm)
 
 
 def test_impossible_settings() -> None:

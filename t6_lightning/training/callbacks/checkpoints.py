@@ -63,6 +63,7 @@ class Checkpoints(Checkpoint):
         """Samples trained up to the last step of this process; None before its first."""
         self._handlers: dict[int, Any] = {}
         self._ended = False
+        self._interruption: Interrupted | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Whether training ended with this checkpoint's step."""
@@ -110,6 +111,13 @@ class Checkpoints(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go_of_signals()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._interruption is not None:  # not before Lightning has logged the step that was saved
+            interruption, self._interruption = self._interruption, None
+            raise interruption
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -160,7 +168,7 @@ class Checkpoints(Checkpoint):
             if is_last or signum or self._io is None or not self._io.asynchronous:
                 self._settle(trainer)
         if signum and not is_last:
-            raise Interrupted(signum, step)
+            self._interruption = Interrupted(signum, step)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._samples = getattr(getattr(data, "train_loader", None), "samples", None)
 
