@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from t6_lightning.checkpoint import files as checkpoint_files
 from t6_lightning.checkpoint import shards as checkpoint_shards
 from t6_lightning.checkpoint.shards import Pieces
+from t6_lightning.common.errors import BadInput
 from t6_lightning.distributed import ranks
 from t6_lightning.model.t6 import T6
 
@@ -125,6 +127,14 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
+        averaging = [
+            c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)
+        ]  # pyright: ignore[reportAttributeAccessIssue]
+        if averaging:
+            name = type(averaging[0]).__name__
+            raise BadInput(
+                f"callbacks: {name} copies the whole model, which fsdp2 spreads; use --trainer.strategy ddp"
+            )
         super().setup(trainer)
         if self.keeps_whole is None:
             self.keeps_whole = has_room_for_whole(self._net, self.root_device)

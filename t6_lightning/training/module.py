@@ -240,7 +240,8 @@ class T6Module(pl.LightningModule):
         return self.step_sums[0] / self.step_sums[1].clamp_min(1)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [_StepLog()]
+        callbacks: list[Any] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        return [] if any(isinstance(callback, _StepLog) for callback in callbacks) else [_StepLog()]
 
     def log_step(self) -> None:
         """Log the optimizer step just taken, if one was, where it is due."""

@@ -114,9 +114,13 @@ def test_parts_of_checkpoints_and_folders_of_them_are_none(tmp_path: Path) -> No
 def test_a_failed_write_is_raised_when_it_is_waited_for(tmp_path: Path, asynchronous: bool) -> None:
     io = VerifiedCheckpointIO(asynchronous)
     (tmp_path / "file").write_text("where a folder should be")
-    with pytest.raises(CheckpointError, match="could not be written"):
+
+    def save_and_wait() -> None:
         io.save_checkpoint(some_state(), tmp_path / "file" / "step-00000001.ckpt")
         io.finish()
+
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_and_wait()
 
 
 @pytest.mark.prove

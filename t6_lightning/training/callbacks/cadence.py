@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 
 from t6_lightning.common.errors import BadInput, require
 
@@ -60,6 +60,8 @@ class Cadence(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self.validate_every_tokens is not None:
+            _refuse_inert(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not (hasattr(data, "batch_size") and hasattr(data, "context")):
             raise BadInput(
@@ -79,7 +81,6 @@ class Cadence(pl.Callback):
             steps = max(1, round(self.validate_every_tokens / self.tokens_per_step))
             trainer.check_val_every_n_epoch = None
             trainer.val_check_interval = steps * trainer.accumulate_grad_batches
-            _check_order(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens of a micro-batch over all ranks, and of a step."""
@@ -122,17 +123,25 @@ class Cadence(pl.Callback):
             trainer.should_stop = True  # which makes Lightning validate and log the last step too
 
 
-def _check_order(trainer: pl.Trainer) -> None:
-    """EarlyStopping decides in its own `setup` whether it looks after validations or at the ends of epochs.
+def _refuse_inert(trainer: pl.Trainer) -> None:
+    """Refuse stock callbacks that would do nothing, or something else, where steps and validations count.
+
+    EarlyStopping decides in its own `setup` whether it looks after validations or at the ends of epochs; a Cadence
+    behind it in the list changes the setting that it has decided by.
 
     Raises:
-        BadInput: one stands before Cadence, and has decided by a setting that Cadence changes.
+        BadInput: saying what to set.
     """
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
             raise BadInput(
-                "callbacks: EarlyStopping before Cadence looks at ends of epochs only; put it after Cadence, or "
-                "set check_on_train_epoch_end=False"
+                "callbacks: EarlyStopping would look at the ends of epochs, and validations come between them; put it "
+                "after Cadence, or set check_on_train_epoch_end=False"
+            )
+        if isinstance(callback, StochasticWeightAveraging) and trainer.max_epochs == -1:
+            raise BadInput(
+                "callbacks: StochasticWeightAveraging counts epochs, and max_steps ends this run; set max_epochs, or "
+                "average with EMAWeightAveraging"
             )
 
 
