@@ -174,12 +174,14 @@ def print_counts(data: "TokenData") -> None:
             print(f"train {name:<8} {stored}, {place} {share}".rstrip())
         elif share:
             print(row.format(f"train {name}", *_counts(source, "train"), share))
-    for side in ("train", "val"):
-        if f"{side}_tokens" in summary:
-            print(row.format(side, *_counts(summary, side), ""))
-    for name, domain in summary["domains"].items():
-        share = f"{domain['val_bytes'] / summary['val_bytes']:.1%}"
-        print(row.format(f"  {name}", *_counts(domain, "val"), share))
+    if "train_tokens" in summary:
+        print(row.format("train", *_counts(summary, "train"), ""))
+    for side in ("val", "test"):
+        print(row.format(side, *_counts(summary, side), ""))
+        for name, domain in summary["domains"].items():
+            if domain[f"{side}_documents"]:
+                share = f"{domain[f'{side}_bytes'] / summary[f'{side}_bytes']:.1%}"
+                print(row.format(f"  {name}", *_counts(domain, side), share))
     for name in ("unigram", "gzip", "xz"):
         if (bits := summary.get(f"{name}_bits_per_byte")) is not None:
             print(f"{name:<14} {bits:.3f} bits per byte of the validation text")
@@ -301,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         setting("--tokenizer", help="bpe, bytes, a folder or a hub name")
         setting("--vocab_size", type=int, help="of bpe")
         setting("--context", type=int)
-        setting("--val_tokens", type=int, help="at most so many per domain")
+        setting("--val_tokens", type=int, help="at most so many per domain and side")
         if name == "inspect":
             command.add_argument("--samples", type=_count, default=3, help="documents to show")
             command.add_argument("--no_throughput", action="store_true", help="do not measure")

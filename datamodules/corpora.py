@@ -34,8 +34,9 @@ class TextFiles(IndexedData):
         files: Paths, globs, or folders (searched through); one needs no list.
         exclude: Glob or globs on file names to leave out of `files`.
         val_files: Further validation domains: name -> path(s), glob(s) or folder(s). A training document that
-            occurs there is left out of training.
-        val_fraction: Share of the documents of `files` held out for validation, by a hash of their text.
+            occurs there is left out of training. These domains have no test documents.
+        val_fraction: Share of the documents of `files` held out by a hash of their text: half of it to validate
+            on, half of it to test on.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's validation domain; null: all are "text".
         txt_documents: How a .txt becomes documents: the whole file, each line, or each paragraph (blank line

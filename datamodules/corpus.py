@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.documents import held_out
+from datamodules.documents import held_out, is_test
 from datamodules.token_cache import Shard
 from datamodules.tokenizer import Tokenizer
 from t6_lightning.common.errors import BadInput
@@ -47,13 +47,20 @@ class DocumentTable:
         return self.shards[self.shard[document]].tokens[begin : begin + self.length[document]]
 
 
+Side = tuple[DocumentTable, dict[str, np.ndarray]]
+"""Documents to validate or to test on: domain -> their numbers in a table, int64, in a fixed order."""
+
+
 class Corpus:
-    """Training and validation documents, their fingerprint and their statistics.
+    """Training, validation and test documents, their fingerprint and their statistics.
 
     `training`: shards of which `val_fraction` of the documents (by hash) is held out, under the domains they
-    name. `validation`: domain -> shards that only validate. A training document whose hash occurs there is
-    left out. `val_tokens`: at most so many validation tokens per domain, in whole documents (None: all).
-    Raises BadInput where either side ends up empty.
+    name. Of a domain's held-out documents those that `is_test` chooses test and the others validate; where none
+    would be left to validate on, all of them validate. `validation`: domain -> shards that only validate: they
+    are named as validation text, so their domains have no test documents. A training or test document whose
+    hash occurs on the validation side is left out. `val_tokens`: at most so many tokens per domain of either side,
+    in whole documents (None: all); which documents are held out does not depend on it.
+    Raises BadInput where there is nothing to train or to validate on.
     """
 
     def __init__(
@@ -89,50 +96,66 @@ class Corpus:
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to train on."
             )
 
-        chosen = {
-            name: self._validation_documents(validates, i, val_tokens) for i, name in enumerate(all_domains)
-        }
-        self.validation_documents = {name: documents for name, documents in chosen.items() if len(documents)}
-        """domain -> numbers of its validation documents in their fixed order, int64."""
-        if not self.validation_documents:
+        held = {name: self._in_order(validates, i) for i, name in enumerate(all_domains)}
+        self.held_out_documents = {name: documents for name, documents in held.items() if len(documents)}
+        """domain -> numbers of all its held-out documents, int64; `val_tokens` does not cap them."""
+        if not self.held_out_documents:
             raise BadInput(
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to validate on; "
                 "raise it, cut .txt files into lines or paragraphs (txt_documents), or name val_files."
             )
-        self.domains = list(self.validation_documents)
+        self.domains = list(self.held_out_documents)
+        tests = {
+            name: is_test(self.table.key[documents]) & (name not in validation)
+            for name, documents in self.held_out_documents.items()
+        }
+        tests = {name: chosen & ~chosen.all() for name, chosen in tests.items()}
+        validating = {name: chosen[~tests[name]] for name, chosen in self.held_out_documents.items()}
+        seen = self.table.key[np.concatenate(list(validating.values()))]
+        self.validation_documents = {
+            name: self._capped(documents, val_tokens) for name, documents in validating.items()
+        }
+        """domain -> numbers of its validation documents in their fixed order, int64."""
+        self.test_documents = {
+            name: self._capped(documents[tests[name] & ~np.isin(self.table.key[documents], seen)], val_tokens)
+            for name, documents in self.held_out_documents.items()
+        }
+        """domain -> numbers of its test documents, maybe none, in their fixed order, int64."""
 
-    def _validation_documents(self, validates: np.ndarray, domain: int, val_tokens: int | None) -> np.ndarray:
-        """Those of one domain in the order of their hashes, so that a cap leaves a sample of the whole."""
-        documents = np.flatnonzero(validates & (self.table.domain == domain))
-        documents = documents[np.argsort(self.table.key[documents], kind="stable")]
-        if val_tokens is None or len(documents) == 0:
+    def _in_order(self, held: np.ndarray, domain: int) -> np.ndarray:
+        """Held-out documents of one domain in the order of their hashes, so that a cap leaves a sample."""
+        documents = np.flatnonzero(held & (self.table.domain == domain))
+        return documents[np.argsort(self.table.key[documents], kind="stable")]
+
+    def _capped(self, documents: np.ndarray, val_tokens: int | None) -> np.ndarray:
+        if val_tokens is None:
             return documents
         fits = np.cumsum(self.table.length[documents] + 1) <= val_tokens
         return documents[: max(1, int(fits.sum()))]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of tokenizer, tokens, byte counts, domains and split: equal data, equal everywhere."""
+        """sha256 (hex) of tokenizer, tokens, byte counts, domains, and which documents train and which are held out.
+
+        Equal data, equal everywhere. It does not depend on `val_tokens`, as training does not.
+        """
         digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
         digest.update(json.dumps([[shard.checksum for shard in self.table.shards], self.domains]).encode())
-        for documents in (self.training_documents, *self.validation_documents.values()):
+        for documents in (self.training_documents, *self.held_out_documents.values()):
             digest.update(np.ascontiguousarray(documents, dtype="<i8").tobytes() + b"|")
         return digest.hexdigest()
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Counts of both sides and what simple models reach on the validation text, in bits per UTF-8 byte.
+        """Counts of all sides and what simple models reach on the validation text, in bits per UTF-8 byte.
 
-        See `validation_summary`. `unigram_bits_per_byte`: add-one unigram model of the training tokens on all
+        See `held_out_summary`. `unigram_bits_per_byte`: add-one unigram model of the training tokens on all
         validation targets.
         """
         table, tokenizer = self.table, self.tokenizer
-        summary: dict[str, Any] = {
-            "train_documents": len(self.training_documents),
-            "train_tokens": int((table.length[self.training_documents] + 1).sum()),
-            "train_bytes": int(table.n_bytes[self.training_documents].sum()),
-        }
-        held_out = validation_summary(table, self.validation_documents, tokenizer)
+        summary = counts_of(table, self.training_documents, "train")
+        sides = (table, self.validation_documents), (table, self.test_documents)
+        held_out = held_out_summary(*sides, tokenizer)
         validation = np.concatenate(list(self.validation_documents.values()))
         train_counts, val_counts = self._training_counts(), self._counts(validation)
         val_counts[tokenizer.eot] += len(validation)
@@ -155,35 +178,46 @@ class Corpus:
         return counts
 
 
-def validation_summary(
-    table: DocumentTable, documents: dict[str, np.ndarray], tokenizer: Tokenizer, most_bytes: float = math.inf
-) -> dict[str, Any]:
-    """Counts of the validation documents, in all and of each domain, and what compressors reach on them.
+def counts_of(table: DocumentTable, documents: np.ndarray, side: str) -> dict[str, int]:
+    """Documents, tokens and bytes, named by side. A document has one token more than ids: its separator."""
+    return {
+        f"{side}_documents": len(documents),
+        f"{side}_tokens": int((table.length[documents] + 1).sum()),
+        f"{side}_bytes": int(table.n_bytes[documents].sum()),
+    }
 
-    A document counts one token more than it has ids: its separator. `gzip_` and `xz_bits_per_byte` (-9): of
-    each domain's text as one stream, left out when the tokenizer does not keep every byte, or when the text
-    has more than `most_bytes`.
+
+def held_out_summary(
+    validation: Side, test: Side, tokenizer: Tokenizer, most_bytes: float = math.inf
+) -> dict[str, Any]:
+    """Counts of validation and test documents, in all and of each validation domain, and what compressors reach.
+
+    `gzip_` and `xz_bits_per_byte` (-9): of each domain's validation text as one stream, left out when the
+    tokenizer does not keep every byte, or when the text has more than `most_bytes`.
     """
+    table, documents = validation
     domains = {
-        name: {
-            "val_documents": len(chosen),
-            "val_tokens": int((table.length[chosen] + 1).sum()),
-            "val_bytes": int(table.n_bytes[chosen].sum()),
-        }
+        name: counts_of(table, chosen, "val") | counts_of(test[0], test[1][name], "test")
         for name, chosen in documents.items()
     }
-    keys = ("val_documents", "val_tokens", "val_bytes")
-    total: dict[str, Any] = {key: sum(each[key] for each in domains.values()) for key in keys}
-    summary = total | {"domains": domains}
-    if tokenizer.token_bytes is not None and total["val_bytes"] <= most_bytes:
+    summary: dict[str, Any] = total(domains.values()) | {"domains": domains}
+    if tokenizer.token_bytes is not None and summary["val_bytes"] <= most_bytes:
         texts = [
             b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in chosen)
             for chosen in documents.values()
         ]
-        summary["gzip_bits_per_byte"] = 8 * sum(_gzip_size(text) for text in texts) / total["val_bytes"]
+        gz = sum(_gzip_size(text) for text in texts)
         xz = sum(len(lzma.compress(text, preset=9)) for text in texts)
-        summary["xz_bits_per_byte"] = 8 * xz / total["val_bytes"]
+        summary["gzip_bits_per_byte"] = 8 * gz / summary["val_bytes"]
+        summary["xz_bits_per_byte"] = 8 * xz / summary["val_bytes"]
     return summary
+
+
+def total(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of validation and test documents of several domains or corpora together."""
+    parts = list(counts)
+    keys = [f"{side}_{what}" for side in ("val", "test") for what in ("documents", "tokens", "bytes")]
+    return {key: sum(part[key] for part in parts) for key in keys}
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

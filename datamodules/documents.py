@@ -13,7 +13,7 @@ class Document(NamedTuple):
     text: str
     domain: str
     key: int
-    """64-bit hash that decides on which side of the train/validation split the document falls."""
+    """64-bit hash that decides whether the document trains, validates or tests."""
 
 
 Damage = Counter[tuple[str, str]]
@@ -50,6 +50,30 @@ def is_unicode(text: str) -> bool:
 
 
 def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents validate: True where key < fraction * 2^64. keys: uint64 (D,); returns bool (D,)."""
+    """Which documents never train: True where key < fraction * 2^64. keys: uint64 (D,); returns bool (D,)."""
     # The upper 53 bits are exact in float64; 2^64 itself does not fit a uint64.
     return (keys >> np.uint64(11)).astype(np.float64) < fraction * 2.0**53
+
+
+def is_test(keys: np.ndarray) -> np.ndarray:
+    """Which held-out documents test; the others validate. keys: uint64 (D,); returns bool (D,).
+
+    It is the lowest bit, of which `held_out` does not depend: half of any set of held-out documents.
+    """
+    return (keys & np.uint64(1)).astype(bool)
+
+
+class HeldOut(NamedTuple):
+    """Which documents of a stream's training files never train: a fraction, by hash, of a few fixed pieces."""
+
+    files: frozenset[int]
+    """Numbers of the files that have such pieces."""
+    pieces: int
+    """In each of them it is the first so many pieces."""
+    fraction: float
+
+    def of(self, file: int, piece: int, keys: np.ndarray) -> np.ndarray:
+        """Which documents of a piece are held out. keys: uint64 (D,); returns bool (D,)."""
+        if file in self.files and piece < self.pieces:
+            return held_out(keys, self.fraction)
+        return np.zeros(len(keys), dtype=bool)

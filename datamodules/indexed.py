@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import TokenData
-from datamodules.corpus import Corpus
+from datamodules.corpus import Corpus, Side
 from datamodules.documents import Document, Source
 from datamodules.packing import TrainingWindows, ValidationWindows, Windows
 from datamodules.token_cache import cached_shards
 from datamodules.tokenizer_loading import TRAINING_BYTES
+from t6_lightning.common.errors import BadInput
 
 
 class IndexedData(TokenData):
     """A corpus of sources, each tokenized as a whole; see TokenData for the settings."""
 
     val_fraction: float = 0.0
-    """Share of the training documents that validates instead."""
+    """Share of the training documents that is held out, to validate and to test on."""
 
     @abstractmethod
     def sources(self) -> list[Source]:
@@ -58,14 +59,33 @@ class IndexedData(TokenData):
         documents = documents[~np.isin(table.key[documents], left_out)]
         return {"text": TrainingWindows(table, documents, self.tokenizer, self.context, self.seed)}
 
+    @property
+    def validation(self) -> Side:
+        """The table of documents, and domain -> its validation documents."""
+        return self.corpus.table, self.corpus.validation_documents
+
+    @property
+    def test(self) -> Side:
+        """The table of documents, and domain -> its test documents, maybe none."""
+        return self.corpus.table, self.corpus.test_documents
+
     def validation_windows(self) -> ValidationWindows:
-        return ValidationWindows(
-            self.corpus.table, self.corpus.validation_documents, self.tokenizer, self.context
-        )
+        return ValidationWindows(*self.validation, self.tokenizer, self.context)
+
+    def test_windows(self) -> ValidationWindows:
+        """All test windows, domain after domain, numbered as in `domains`. Raises BadInput where there are none."""
+        windows = ValidationWindows(*self.test, self.tokenizer, self.context)
+        if len(windows) == 0:
+            raise BadInput(
+                f"val_fraction: {self.val_fraction} of {len(self.corpus.table)} documents leaves none to test on; "
+                "raise it, or cut .txt files into lines or paragraphs (txt_documents)."
+            )
+        return windows
 
     def validation_keys(self) -> np.ndarray:
-        chosen = np.concatenate(list(self.corpus.validation_documents.values()))
-        return np.unique(self.corpus.table.key[chosen])
+        """Sorted hashes of all held-out documents, uint64: those that validate, test, or are beyond `val_tokens`."""
+        held = np.concatenate(list(self.corpus.held_out_documents.values()))
+        return np.unique(self.corpus.table.key[held])
 
     def corpus_identity(self) -> str:
         identity = [source.identity for source in self.sources()]

@@ -22,6 +22,7 @@ import numpy as np
 
 from datamodules import stores
 from datamodules.corpus import DocumentTable
+from datamodules.documents import HeldOut
 from datamodules.packing import LaneMark, Mark, Rows, TokenStream
 from datamodules.pieces import Pieces
 from datamodules.tokenizer import Tokenizer
@@ -69,7 +70,8 @@ class Lanes:
     Args:
         pieces: The training files.
         n_lanes: How many lanes at most.
-        left_out: Sorted hashes of documents that validate, uint64.
+        left_out: Sorted hashes of documents that validate or test, uint64: wherever they are stored again.
+        held_out: Which documents are held out where they are stored; None: no others.
         context, seed: Tokens per window; of the order.
     """
 
@@ -81,10 +83,12 @@ class Lanes:
         tokenizer: Tokenizer,
         n_lanes: int,
         left_out: np.ndarray,
+        held_out: HeldOut | None,
         context: int,
         seed: int,
     ):
-        self.pieces, self.left_out, self.context, self.seed = pieces, left_out, context, seed
+        self.pieces, self.left_out, self.held_out = pieces, left_out, held_out
+        self.context, self.seed = context, seed
         self.eot = tokenizer.eot
         self.token_bytes = None if tokenizer.token_bytes is None else tokenizer.token_bytes.astype(np.int64)
         self.units = dealt(pieces, n_lanes, seed)
@@ -307,6 +311,9 @@ class _Cursor:
         if shard is None:
             return None
         table = DocumentTable([shard], shard.domains)
-        training = np.flatnonzero(~np.isin(shard.key, self.lanes.left_out))
+        held = np.isin(shard.key, self.lanes.left_out)
+        if self.lanes.held_out is not None:
+            held |= self.lanes.held_out.of(unit.file, number, shard.key)
+        training = np.flatnonzero(~held)
         rng = np.random.default_rng([self.lanes.seed, epoch, self.lane, unit.file, number])
         return TokenStream(table, rng.permutation(training), self.lanes.eot, self.lanes.token_bytes)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import TokenData
+from datamodules.corpus import Side, counts_of, total
 from datamodules.documents import Document
 from datamodules.indexed import IndexedData
 from datamodules.packing import ValidationWindows, Windows
@@ -182,6 +183,36 @@ class Mixture(TokenData):
             joined = joined.followed_by(following)
         return joined
 
+    def test_windows(self) -> ValidationWindows:
+        """All test windows, numbered as in `domains`; of a source without test documents none. Raises BadInput where
+        no source has any."""
+        joined, *others = (
+            ValidationWindows(*side, self.tokenizer, self.context) for side in self._test_sides().values()
+        )
+        for following in others:
+            joined = joined.followed_by(following)
+        if len(joined) == 0:
+            raise BadInput(
+                "sources: their held-out documents are too few to validate and to test on; raise a val_fraction."
+            )
+        return joined
+
+    def _test_sides(self) -> dict[str, Side]:
+        """Each source's test documents but those that validate in another source."""
+        sides = {name: (source.validation, source.test) for name, source in self._each()}
+        seen = np.unique(
+            np.concatenate(
+                [table.key[chosen] for (table, side), _ in sides.values() for chosen in side.values()]
+            )
+        )
+        return {
+            name: (
+                table,
+                {domain: chosen[~np.isin(table.key[chosen], seen)] for domain, chosen in test.items()},
+            )
+            for name, (_, (table, test)) in sides.items()
+        }
+
     def validation_keys(self) -> np.ndarray:
         return np.unique(np.concatenate([source.validation_keys() for _, source in self._each()]))
 
@@ -203,19 +234,18 @@ class Mixture(TokenData):
 
     def summary(self) -> dict[str, Any]:
         """Counts of all sources together, and each one's own summary under "sources", with its share at first."""
-        total = sum(self.phases[0].values())
+        weights = sum(self.phases[0].values())
         parts = {
-            name: source.summary() | {"share": self.phases[0][name] / total} for name, source in self._each()
+            name: source.summary() | {"share": self.phases[0][name] / weights}
+            for name, source in self._each()
         }
-        summary: dict[str, Any] = {
-            key: sum(part[key] for part in parts.values())
-            for key in ("val_documents", "val_tokens", "val_bytes")
+        domains = {
+            self._domain(name, self.sources[name], domain): parts[name]["domains"][domain]
+            | counts_of(table, chosen, "test")
+            for name, (table, side) in self._test_sides().items()
+            for domain, chosen in side.items()
         }
-        summary["domains"] = {
-            self._domain(name, self.sources[name], domain): counts
-            for name, part in parts.items()
-            for domain, counts in part["domains"].items()
-        }
+        summary: dict[str, Any] = total(domains.values()) | {"domains": domains}
         for key in ("gzip_bits_per_byte", "xz_bits_per_byte"):
             if all(key in part for part in parts.values()):
                 bits = sum(part[key] * part["val_bytes"] for part in parts.values())

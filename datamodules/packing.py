@@ -94,7 +94,7 @@ class Windows(Protocol):
 
 
 class FixedWindows(Protocol):
-    """Windows to validate on."""
+    """Windows to validate or to test on."""
 
     def __len__(self) -> int: ...
 
@@ -159,10 +159,10 @@ class TrainingWindows:
 
 
 class ValidationWindows:
-    """All windows of the validation documents, domain after domain, in a fixed order.
+    """All windows of the validation (or test) documents, domain after domain, in a fixed order.
 
     A domain's last window is padded with eot as input and -100 as target: every byte of text and every
-    closing eot is a target exactly once.
+    closing eot is a target exactly once. A domain without documents has a number, and no windows.
     """
 
     def __init__(

@@ -25,6 +25,9 @@ from t6_lightning.common.errors import BadInput, first_line
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 """First numbers of MNIST's idx files."""
 
+ImageSet = tuple[np.ndarray, np.ndarray]
+"""Images uint8 (N, D), classes int64 (N,)."""
+
 
 class Pixels(TokenData):
     """Images as sequences of byte tokens, with bits per dimension as bits per byte.
@@ -34,8 +37,9 @@ class Pixels(TokenData):
     Args:
         images: MNIST's idx file (plain or .gz), a parquet file, or the name of a `datasets` image set.
         labels: The idx file of the classes; for the others null: the column is found by itself.
-        val_images, val_labels: The same for validation; for a `datasets` name the split (null: test).
-        val_count: At most so many validation images, the first ones; null: all.
+        val_images, val_labels: The same for the held-out images; for a `datasets` name the split (null: test). The
+            first, third, ... validates, the second, fourth, ... tests; none of them trains.
+        val_count: At most so many images to validate on, and as many to test on, the first ones; null: all.
         grey: Make colour images grey.
         revision: Branch, tag or commit of a `datasets` name. The commit is kept in T6_HOME, as for text.
     """
@@ -59,8 +63,8 @@ class Pixels(TokenData):
         self.revision = revision
 
     @cached_property
-    def _sets(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """(images uint8 (N, D), classes int64 (N,)) to train on and to validate on."""
+    def _sets(self) -> tuple[ImageSet, ImageSet]:
+        """What trains and what is held out."""
         train = self._read(self.images, self.labels, "train", "images")
         if self.val_images is None and Path(self.images).expanduser().exists():
             raise BadInput(
@@ -78,14 +82,24 @@ class Pixels(TokenData):
             raise BadInput(
                 f"context: {self.context} is not allowed; allowed: {train[0].shape[1]}, the bytes of an image."
             )
-        held = {image.tobytes() for image in validation[0][: self.val_count]}
+        held = {image.tobytes() for image in validation[0]}
         keep = np.array([image.tobytes() not in held for image in train[0]])
         if not keep.any():
             raise BadInput(f"val_images: {named} holds every image of {self.images}; allowed: others.")
-        return (train[0][keep], train[1][keep]), (
-            validation[0][: self.val_count],
-            validation[1][: self.val_count],
-        )
+        return (train[0][keep], train[1][keep]), validation
+
+    @property
+    def _validation(self) -> ImageSet:
+        images, labels = self._sets[1]
+        return images[::2][: self.val_count], labels[::2][: self.val_count]
+
+    @property
+    def _test(self) -> ImageSet:
+        """Maybe none. An image that also validates is left out."""
+        images, labels = self._sets[1]
+        seen = {image.tobytes() for image in images[::2]}
+        keep = np.array([image.tobytes() not in seen for image in images[1::2]], dtype=bool)
+        return images[1::2][keep][: self.val_count], labels[1::2][keep][: self.val_count]
 
     def _read(self, name: str, labels: str | None, split: str, field: str) -> tuple[np.ndarray, np.ndarray]:
         path = Path(name).expanduser()
@@ -147,13 +161,16 @@ class Pixels(TokenData):
         return self._digest
 
     def summary(self) -> dict[str, Any]:
-        (train, _), (validation, _) = self._sets
+        (train, _), (validation, _), (test, _) = self._sets[0], self._validation, self._test
         counts = np.bincount(train.reshape(-1), minlength=256) + 1
         bits = -np.log2(counts / counts.sum())
         domain = {
             "val_documents": len(validation),
             "val_tokens": validation.size,
             "val_bytes": validation.size,
+            "test_documents": len(test),
+            "test_tokens": test.size,
+            "test_bytes": test.size,
         }
         local = Path(self.images).expanduser().exists()
         read = {} if local else {"source": self.images, "revision": Hub(self.images, self.revision).revision}
@@ -170,7 +187,13 @@ class Pixels(TokenData):
         return {"pixels": ImageWindows(*self._sets[0], self.seed)}
 
     def validation_windows(self) -> FixedWindows:
-        return ImageValidation(*self._sets[1])
+        return ImageValidation(*self._validation)
+
+    def test_windows(self) -> FixedWindows:
+        """The test images. Raises BadInput where there are none."""
+        if len(self._test[0]) == 0:
+            raise BadInput("val_images: they hold no second image to test on; name more.")
+        return ImageValidation(*self._test)
 
     def validation_keys(self) -> np.ndarray:
         return np.zeros(0, dtype=np.uint64)  # images are compared when they are read
@@ -213,7 +236,7 @@ class ImageWindows:
 
 
 class ImageValidation:
-    """The validation images in their order."""
+    """The validation or test images in their order."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels

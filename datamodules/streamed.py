@@ -1,7 +1,8 @@
 """Corpora too large to hold: read piece by piece from the hub or a local mirror, in the order of `lanes`.
 
-Nothing is downloaded whole. Validation text comes from the source's own validation files, else from a fixed part
-of the documents (by hash) of a few fixed pieces; it never depends on the seed, and no document of it is trained on.
+Nothing is downloaded whole. Validation and test text comes from the source's own files of these splits; where there
+are none, from a fixed part of the documents (by hash) of a few fixed pieces, which is held out of training whatever
+`val_tokens` is. A source with one held-out split has it halved, by hash. None of this depends on the seed.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from datamodules.base import TokenData
-from datamodules.corpus import DocumentTable, validation_summary
-from datamodules.documents import Damage, Document, held_out
+from datamodules.corpus import DocumentTable, Side, held_out_summary
+from datamodules.documents import Damage, Document, HeldOut, is_test
 from datamodules.lanes import Lanes
 from datamodules.packing import ValidationWindows, Windows
 from datamodules.pieces import Pieces, readable
@@ -33,9 +34,12 @@ log = logging.getLogger(__name__)
 Piece = TypeVar("Piece")
 
 SPREAD_FILES = 8
-"""Files, evenly spread, that validation text and a tokenizer's training text are taken from."""
+"""Files, evenly spread, that held-out text and a tokenizer's training text are taken from."""
 VALIDATION_PIECES = 128
-"""At most so many pieces are read for validation: rare domains get what is there."""
+"""At most so many pieces are read to validate and test on: rare domains get what is there. Where documents are held
+out of training files, these pieces are the first ones of each of the spread files, in equal shares."""
+TEST_NAMES = ["test[/._-]*", "*[/._-]test[/._-]*"]
+"""Files to test on in a folder that just holds some."""
 COMPRESSED_BYTES = 32 << 20
 """Validation text up to this size is compressed by gzip and xz for comparison."""
 
@@ -50,9 +54,9 @@ class StreamedData(TokenData):
             is downloaded.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's validation domain; null: one domain.
-        val_tokens: At most this many validation tokens per domain, in whole documents.
+        val_tokens: At most this many tokens per domain to validate on, and as many to test on, in whole documents.
         val_fraction: Share of the documents of the pieces read for validation that is held out, where the source
-            has no validation files.
+            has no validation files: half of it to validate on, half of it to test on.
         lanes: Streams that the files are dealt over (fewer where there are fewer files and row groups). Loader
             processes read only their own lanes where lanes is a multiple of batch_size * ranks * num_workers.
         cache_gb: Tokenized text kept on disk, in 10^9 bytes; what was not used for longest goes first.
@@ -64,6 +68,8 @@ class StreamedData(TokenData):
     """Which files train, by path in the repository."""
     val_patterns: list[str] = []  # noqa: RUF012
     """Which files only validate."""
+    test_patterns: list[str] = []  # noqa: RUF012
+    """Which files only test."""
     domain: str
     """Name of the validation domain where no column tells."""
     config: str | None = None
@@ -107,17 +113,17 @@ class StreamedData(TokenData):
     @cached_property
     def train_files(self) -> list[StoredFile]:
         """Sorted by path. Raises BadInput where there are none."""
-        validate = set(self.val_files)
+        held_out = {*self.val_files, *self.test_files}
         for patterns in (self.train_patterns, *([["*train*"], ["*"]] if self._takes_any else [])):
             found = [file for file in self.store.files(patterns) if readable(file.path)]
-            if files := [file for file in found if file not in validate and file.size > 0]:
+            if files := [file for file in found if file not in held_out and file.size > 0]:
                 return files
         if self._takes_any:
             files = [file for file in self.store.files(["*"]) if readable(file.path)]
             empty = sum(file.size == 0 for file in files)
             raise BadInput(
                 f"path: {self.store.name} holds no text to train on: {len(files)} parquet or JSON-lines files, "
-                f"of which {empty} are empty and {len(validate)} only validate."
+                f"of which {empty} are empty and {len(held_out)} only validate or test."
             )
         looked_for = " or ".join(self.train_patterns)
         chosen = "repository:" if self.config is None else f"config: for {self.config!r}"
@@ -142,41 +148,96 @@ class StreamedData(TokenData):
                 return files
         return []
 
+    @cached_property
+    def test_files(self) -> list[StoredFile]:
+        """Files that only test; none where the source has no such split."""
+        if not self.test_patterns:
+            return []
+        for patterns in (self.test_patterns, *([TEST_NAMES] if self._takes_any else [])):
+            found = [file for file in self.store.files(patterns) if file not in self.val_files]
+            if files := [file for file in found if readable(file.path) and file.size > 0]:
+                return files
+        return []
+
+    @property
+    def _held_out(self) -> HeldOut | None:
+        """What is held out of the training files; None where other files validate."""
+        if self.val_files:
+            return None
+        files = _spread(len(self.train_files))
+        return HeldOut(frozenset(files), VALIDATION_PIECES // len(files), self.val_fraction)
+
     def _pieces(self, files: list[StoredFile]) -> Pieces:
         return self._pieces_in(files, PieceCache(self.tokenizer, int(self.cache_gb * 1e9)))
 
     def _pieces_in(self, files: list[StoredFile], cache: PieceCache | None) -> Pieces:
         return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain, self.damage)
 
+    @property
+    def validation(self) -> Side:
+        """The pieces read for validation, and domain -> its validation documents."""
+        return self._sides[0]
+
+    @property
+    def test(self) -> Side:
+        """The pieces read to test on, and validation domain -> its test documents, maybe none."""
+        return self._sides[1]
+
     @cached_property
-    def validation(self) -> tuple[DocumentTable, dict[str, np.ndarray]]:
-        """The pieces read for validation, and domain -> its validation documents. Raises BadInput."""
+    def _sides(self) -> tuple[Side, Side]:
+        """What validates and what tests. Raises BadInput where nothing validates."""
+        most = math.inf if self.val_tokens is None else self.val_tokens
         files = self.val_files or self.train_files
-        fraction = 1.0 if self.val_files else self.val_fraction
+        table, validation, test = self._read_held_out(files, self._held_out, most, not self.test_files)
+        if not validation:
+            raise BadInput(
+                f"val_fraction: {self.val_fraction} of {len(table)} documents of {self.store.name} leaves none to "
+                "validate on."
+            )
+        test_table = table
+        if self.test_files:
+            test_table, test, _ = self._read_held_out(self.test_files, None, most, halved=False)
+            for name in sorted(set(test) - set(validation)):
+                log.info("The test documents of %r are left out: it has no validation documents.", name)
+        seen = table.key[np.concatenate(list(validation.values()))]
+        nothing = np.zeros(0, dtype=np.int64)
+        chosen = {name: test.get(name, nothing) for name in validation}
+        unseen = {name: numbers[~np.isin(test_table.key[numbers], seen)] for name, numbers in chosen.items()}
+        return (table, validation), (test_table, unseen)
+
+    def _read_held_out(
+        self, files: list[StoredFile], held_out: HeldOut | None, most: float, halved: bool
+    ) -> tuple[DocumentTable, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Read pieces until each domain has its `most` tokens on each side.
+
+        Returns their documents, and per side domain -> the chosen ones. `halved`: into those that validate and those
+        that test; otherwise the second side has none. `held_out`: of which pieces and documents (None: of all).
+        Raises BadInput where there is no document.
+        """
         pieces = self._pieces(files)
         shards: list[Shard] = []
-        chosen: dict[str, list[int]] = {}
-        tokens: dict[str, int] = {}
-        too_long: dict[str, tuple[int, int]] = {}
+        sides = [_Choice(most) for _ in range(1 + halved)]
         first = 0
-        most = math.inf if self.val_tokens is None else self.val_tokens
-        for shard in _round_robin(len(files), pieces.shard):
+
+        def read(file: int, piece: int) -> tuple[Shard, np.ndarray] | None:
+            if held_out is not None and piece >= held_out.pieces:
+                return None
+            if (shard := pieces.shard(file, piece)) is None:
+                return None
+            if held_out is None:
+                return shard, np.arange(len(shard.key))
+            return shard, np.flatnonzero(held_out.of(file, piece, shard.key))
+
+        for shard, held in _round_robin(len(files), read):
             lengths = np.diff(shard.offsets) + 1
-            for i in np.flatnonzero(held_out(shard.key, fraction)).tolist():
-                name, n = shard.domains[shard.domain[i]], int(lengths[i])
-                if n > most:
-                    too_long[name] = min((n, first + i), too_long.get(name, (n, first + i)))
-                elif tokens.get(name, 0) + n <= most:
-                    chosen.setdefault(name, []).append(first + i)
-                    tokens[name] = tokens.get(name, 0) + n
-                else:
-                    tokens[name] = int(most)  # full: no shorter document slips in behind
+            side = is_test(shard.key) & halved
+            for i in held.tolist():
+                sides[int(side[i])].offer(shard.domains[shard.domain[i]], first + i, int(lengths[i]))
             shards.append(shard)
             first += len(lengths)
-            if len(shards) == VALIDATION_PIECES or (tokens and min(tokens.values()) >= most):
+            names = set().union(*(choice.names for choice in sides))
+            if len(shards) == VALIDATION_PIECES or (names and all(choice.is_full(names) for choice in sides)):
                 break
-        for name, (_, document) in too_long.items():
-            chosen.setdefault(name, [document])  # the shortest, where all are longer than what is asked for
         if first == 0:
             met: Counter[str] = Counter()
             for (kind, _), times in self.damage.items():
@@ -186,13 +247,11 @@ class StreamedData(TokenData):
                 f"{'path' if self.path else 'repository'}: no document could be read from {self.store.name}: "
                 f"{why or 'its files hold no text'}."
             )
-        if not chosen:
-            raise BadInput(
-                f"val_fraction: {fraction} of {first} documents of {self.store.name} leaves none to validate on."
-            )
-        names = sorted({name for shard in shards for name in shard.domains})
-        documents = {name: np.array(chosen[name]) for name in sorted(chosen)}
-        return DocumentTable(shards, names), documents
+        validation, test = sides[0].documents(), sides[1].documents() if halved else {}
+        for name in set(test) - set(validation):
+            validation[name] = test.pop(name)  # nothing of the domain would be left to validate on
+        table = DocumentTable(shards, sorted({name for shard in shards for name in shard.domains}))
+        return table, dict(sorted(validation.items())), test
 
     @property
     def domains(self) -> list[str]:
@@ -204,32 +263,35 @@ class StreamedData(TokenData):
 
     @cached_property
     def _fingerprint(self) -> str:
+        # Of the tokens only the first piece that is read whatever `val_tokens` is: the hub names each file's content.
         digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
         digest.update(self.corpus_identity().encode())
-        table, documents = self.validation
-        digest.update(json.dumps([shard.checksum for shard in table.shards]).encode())
-        for name, chosen in documents.items():
-            digest.update(name.encode() + b"|" + np.ascontiguousarray(chosen, dtype="<i8").tobytes())
+        digest.update(json.dumps(self._identities(self.test_files)).encode())
+        digest.update(json.dumps([side[0].shards[0].checksum for side in self._sides]).encode())
         return digest.hexdigest()
 
     def corpus_identity(self) -> str:
-        # A local mirror is known by its names and sizes: times of change differ from copy to copy.
-        local = self.store.revision == LOCAL
-        files = [
-            (file.path, file.size, "" if local else file.content)
-            for file in (*self.train_files, *self.val_files)
-        ]
+        files = self._identities([*self.train_files, *self.val_files])
         settings = (self.text_field, self.domain_field, self.val_fraction)
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 
+    def _identities(self, files: list[StoredFile]) -> list[tuple[str, int, str]]:
+        # A local mirror is known by its names and sizes: times of change differ from copy to copy.
+        local = self.store.revision == LOCAL
+        return [(file.path, file.size, "" if local else file.content) for file in files]
+
     def summary(self) -> dict[str, Any]:
-        """What is streamed, and `validation_summary` of what is held out."""
-        kept = t6_home() / "tokens" / "summaries" / f"{self.fingerprint}.json"
+        """What is streamed, and `held_out_summary` of what is held out."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for table, documents in self._sides:
+            digest.update(json.dumps([shard.checksum for shard in table.shards]).encode())
+            for name, chosen in documents.items():
+                digest.update(name.encode() + b"|" + np.ascontiguousarray(chosen, dtype="<i8").tobytes())
+        kept = t6_home() / "tokens" / "summaries" / f"{digest.hexdigest()}.json"
         try:
             held = json.loads(kept.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            table, documents = self.validation
-            held = validation_summary(table, documents, self.tokenizer, COMPRESSED_BYTES)
+            held = held_out_summary(*self._sides, self.tokenizer, COMPRESSED_BYTES)
             write_atomically(kept, json.dumps(held))
         return {
             "source": self.store.name,
@@ -241,21 +303,32 @@ class StreamedData(TokenData):
 
     def training_windows(self, left_out: np.ndarray) -> dict[str, Windows]:
         pieces = self._pieces(self.train_files)
-        return {"text": Lanes(pieces, self.tokenizer, self.lanes, left_out, self.context, self.seed)}
+        lanes = Lanes(pieces, self.tokenizer, self.lanes, left_out, self._held_out, self.context, self.seed)
+        return {"text": lanes}
 
     def validation_windows(self) -> ValidationWindows:
-        table, documents = self.validation
-        return ValidationWindows(table, documents, self.tokenizer, self.context)
+        return ValidationWindows(*self.validation, self.tokenizer, self.context)
+
+    def test_windows(self) -> ValidationWindows:
+        """All test windows, domain after domain, numbered as in `domains`. Raises BadInput where there are none."""
+        windows = ValidationWindows(*self.test, self.tokenizer, self.context)
+        if len(windows) == 0:
+            raise BadInput(
+                f"{'path' if self.path else 'repository'}: the held-out documents of {self.store.name} are too few "
+                "to validate and to test on; raise val_fraction, or name a source with larger held-out files."
+            )
+        return windows
 
     def validation_keys(self) -> np.ndarray:
-        table, documents = self.validation
-        return np.unique(table.key[np.concatenate(list(documents.values()))])
+        """Sorted hashes of the documents chosen to validate and to test on, uint64: of those beyond `val_tokens`,
+        which `training_windows` leaves out where they are stored, not all are read."""
+        return np.unique(
+            np.concatenate([table.key[chosen] for table, side in self._sides for chosen in side.values()])
+        )
 
     def tokenizer_texts(self) -> Iterator[str]:
-        fraction = 0.0 if self.val_files else self.val_fraction
         for document in self._spread_documents():
-            if document.key >= fraction * 2.0**64:
-                yield document.text
+            yield document.text
 
     def example_documents(self, number: int) -> Iterator[Document]:
         keys = set(self.validation_keys().tolist())
@@ -265,11 +338,12 @@ class StreamedData(TokenData):
                 yield document
 
     def _spread_documents(self) -> Iterator[Document]:
-        """Texts of some training pieces, not tokenized, up to TRAINING_BYTES characters."""
+        """Texts of some training pieces, not tokenized, up to TRAINING_BYTES characters; none that may be held out."""
         pieces = self._pieces_in(self.train_files, None)
+        least_key = 0.0 if self.val_files else self.val_fraction * 2.0**64
         characters = 0
         for documents in _round_robin(len(self.train_files), pieces.documents):
-            yield from documents
+            yield from (document for document in documents if document.key >= least_key)
             characters += sum(len(document.text) for document in documents)
             if characters >= TRAINING_BYTES:
                 return
@@ -292,7 +366,7 @@ class StreamedData(TokenData):
                 now,
             )
             self.revision = state["revision"]
-            for name in ("store", "train_files", "val_files", "validation", "_fingerprint"):
+            for name in ("store", "train_files", "val_files", "test_files", "_sides", "_fingerprint"):
                 vars(self).pop(name, None)
 
 
@@ -315,7 +389,8 @@ class FineWebEdu(StreamedData):
 
 
 class C4(StreamedData):
-    """C4 (Raffel et al. 2020), compressed JSON lines, with its own validation split.
+    """C4 (Raffel et al. 2020), compressed JSON lines; its validation split is halved by hash, to validate
+    and to test on.
 
     Args:
         config: en, en.noblocklist, en.noclean, realnewslike, or a language of the multilingual part (mC4).
@@ -335,7 +410,8 @@ class C4(StreamedData):
 
 
 class Pile(StreamedData):
-    """The Pile (Gao et al. 2020) from a mirror, compressed JSON lines; its subsets are the validation domains.
+    """The Pile (Gao et al. 2020) from a mirror, compressed JSON lines, with its own validation and test splits; its
+    subsets are the validation domains.
 
     Args:
         repository: A mirror with the published layout: the original is gone from the hub.
@@ -345,6 +421,7 @@ class Pile(StreamedData):
     domain = "pile"
     train_patterns = ["train/*", "data/train*"]  # noqa: RUF012
     val_patterns = ["val.jsonl*", "val/*", "data/val*"]  # noqa: RUF012
+    test_patterns = ["test.jsonl*", "test/*", "data/test*"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -355,9 +432,47 @@ class Pile(StreamedData):
         super().__init__(repository, domain_field=domain_field, **common)
 
 
+class _Choice:
+    """Chooses the documents of one side while they are read: whole documents up to `most` tokens per domain."""
+
+    def __init__(self, most: float):
+        self.most = most
+        self.names: set[str] = set()
+        """Domains of what was offered."""
+        self._chosen: dict[str, list[int]] = {}
+        self._tokens: dict[str, int] = {}
+        self._too_long: dict[str, tuple[int, int]] = {}
+
+    def offer(self, name: str, document: int, tokens: int) -> None:
+        self.names.add(name)
+        held = self._tokens.get(name, 0)
+        if tokens > self.most:
+            shortest = self._too_long.get(name, (tokens, document))
+            self._too_long[name] = min((tokens, document), shortest)
+        elif held + tokens <= self.most:
+            self._chosen.setdefault(name, []).append(document)
+            self._tokens[name] = held + tokens
+        else:
+            self._tokens[name] = int(self.most)  # full: no shorter document slips in behind
+
+    def is_full(self, names: set[str]) -> bool:
+        """Whether it was offered something of each of the domains, and enough where not all was too long."""
+        return names <= self.names and min(self._tokens.values(), default=0) >= self.most
+
+    def documents(self) -> dict[str, np.ndarray]:
+        """Domain -> the chosen documents; the shortest one where all are longer than `most`."""
+        alone = {name: [document] for name, (_, document) in self._too_long.items()}
+        return {name: np.array(chosen) for name, chosen in sorted((alone | self._chosen).items())}
+
+
+def _spread(n_files: int) -> list[int]:
+    """Numbers of SPREAD_FILES files, evenly spread; of all where there are fewer."""
+    return sorted({i * n_files // SPREAD_FILES for i in range(SPREAD_FILES)})
+
+
 def _round_robin(n_files: int, read: Callable[[int, int], Piece | None]) -> Iterator[Piece]:
     """The first pieces of SPREAD_FILES files evenly spread, then their second ones, and so on."""
-    reading = sorted({i * n_files // SPREAD_FILES for i in range(SPREAD_FILES)})
+    reading = _spread(n_files)
     piece = 0
     while reading:
         for file in list(reading):

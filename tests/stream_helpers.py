@@ -9,6 +9,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -17,6 +18,8 @@ from data_helpers import many_texts
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.base import TokenData
+from datamodules.documents import hash64
+from datamodules.streamed import StreamedData
 
 SUBSETS = ("Pile-CC", "Github", "ArXiv")
 
@@ -73,6 +76,36 @@ def pile(files: int = 4, documents: int = 90) -> dict[str, bytes]:
     return train | {
         "val.jsonl.zst": compress(pile_lines(many_texts(60, "pileval-"))),
         "test.jsonl.zst": compress(pile_lines(many_texts(60, "piletest-"))),
+    }
+
+
+def training_texts(cls: type[StreamedData]) -> list[str]:
+    """The training documents that these repositories have, file after file."""
+    n_files, n, prefix = {
+        "FineWebEdu": (5, 60, "edu{}-"),
+        "C4": (6, 80, "c4-{}-"),
+        "Pile": (4, 90, "pile{}-"),
+    }[cls.__name__]
+    return [text for i in range(n_files) for text in many_texts(n, prefix.format(i))]
+
+
+def keys_of(texts: list[str]) -> np.ndarray:
+    return np.array([hash64(text) for text in texts], dtype=np.uint64)
+
+
+def texts_of(data: Any, side: str) -> dict[str, list[str]]:
+    """Domain -> the documents of a side, "validation" or "test"."""
+    table, chosen = getattr(data, side)
+    return {
+        name: [data.tokenizer.decode(table.tokens(i)) for i in documents]
+        for name, documents in chosen.items()
+    }
+
+
+def held_out_texts(data: Any) -> set[str]:
+    """The documents of both sides."""
+    return {
+        text for side in ("validation", "test") for part in texts_of(data, side).values() for text in part
     }
 
 

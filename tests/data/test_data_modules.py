@@ -177,7 +177,9 @@ def test_python_docs_with_its_own_bpe(python_docs):
     assert python_docs.tokenizer.vocab_size == 8192
     summary = python_docs.summary()
     assert summary["train_tokens"] > 2_000_000
-    assert 0.03 < summary["val_bytes"] / (summary["train_bytes"] + summary["val_bytes"]) < 0.06
+    held_out = summary["val_bytes"] + summary["test_bytes"]
+    assert 0.03 < held_out / (summary["train_bytes"] + held_out) < 0.06
+    assert all(domain["test_documents"] > 5 for domain in summary["domains"].values())
     assert (
         0.5
         < summary["xz_bits_per_byte"]
@@ -216,6 +218,7 @@ def test_command_line(files, tmp_path, capsys):
     assert main(["inspect", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "fingerprint" in printed
+    assert [line.split()[0] for line in printed.splitlines()[3:8]] == ["train", "val", "text", "test", "text"]
     assert "read + tokenize + pack" in printed
     assert main(["inspect", "--files", str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.strip().endswith("none.jsonl' does not exist.")

@@ -119,6 +119,20 @@ def test_validation_predicts_every_byte_and_every_end_exactly_once(tokenizer):
     assert (batch["tokens"] < tokenizer.vocab_size).all()
 
 
+def test_a_domain_without_documents_keeps_its_number(tokenizer):
+    corpus = corpus_of(tokenizer)
+    a, b, _ = (corpus.validation_documents[name] for name in "abc")
+    for documents in ({"a": a[:0], "b": b}, {"a": a[:0], "b": b[:0], "c": b}, {"a": a[:0]}):
+        windows = ValidationWindows(corpus.table, documents, tokenizer, CONTEXT)
+        batch = windows.batch(0, len(windows))
+        numbers = [i for i, chosen in enumerate(documents.values()) if len(chosen)]
+        assert sorted(set(batch["domain"].tolist())) == numbers
+        total = sum(int(corpus.table.n_bytes[chosen].sum()) for chosen in documents.values())
+        assert int(batch["n_bytes"].sum()) == total
+        both = windows.followed_by(ValidationWindows(corpus.table, {"d": a}, tokenizer, CONTEXT))
+        assert both.domain[-1] == len(documents)
+
+
 def test_windows_shorter_and_longer_than_documents(tokenizer):
     corpus = corpus_of(tokenizer)
     total = corpus.summary["val_bytes"]
@@ -144,11 +158,12 @@ def test_training_and_validation_share_no_document(tokenizer):
 
 def test_validation_is_capped_by_whole_documents(tokenizer):
     full, capped = corpus_of(tokenizer), corpus_of(tokenizer, val_tokens=200)
-    for name, documents in capped.validation_documents.items():
-        assert documents.tolist() == full.validation_documents[name][: len(documents)].tolist()
-        assert (capped.table.length[documents] + 1).sum() <= 200 or len(documents) == 1
+    for side in ("validation_documents", "test_documents"):
+        for name, documents in getattr(capped, side).items():
+            assert documents.tolist() == getattr(full, side)[name][: len(documents)].tolist()
+            assert (capped.table.length[documents] + 1).sum() <= 200 or len(documents) == 1
     assert capped.training_documents.tolist() == full.training_documents.tolist()
-    assert capped.fingerprint != full.fingerprint
+    assert capped.fingerprint == full.fingerprint
 
 
 def test_nothing_left_on_one_side_is_said(tokenizer):

@@ -51,10 +51,13 @@ def test_a_window_is_one_image_behind_its_class(digits):
     settings, images = digits
     data = Pixels(**settings, context=12, batch_size=3)
     assert data.tokenizer.vocab_size == 256 + 10 + 1
-    for i, row in enumerate(torch.cat([batch["tokens"] for batch in data.val_dataloader()]).tolist()):
-        assert row == [256 + i % 10, *images["test"][i].reshape(-1)[:-1].tolist()]
+    for side, windows in enumerate((data.validation_windows(), data.test_windows())):
+        rows = windows.batch(0, 12)["tokens"].tolist()
+        assert len(rows) == 6
+        for row, i in zip(rows, range(side, 12, 2), strict=True):
+            assert row == [256 + i % 10, *images["test"][i].reshape(-1)[:-1].tolist()]
     batch = next(iter(data.val_dataloader()))
-    assert batch["targets"].tolist() == images["test"][:3].reshape(3, -1).tolist()
+    assert batch["targets"].tolist() == images["test"][:6:2].reshape(3, -1).tolist()
     assert batch["n_bytes"].tolist() == [12] * 3  # so bits per byte are bits per dimension
     assert batch["domain"].tolist() == [0] * 3
     assert (batch["documents"] == 0).all()
@@ -74,6 +77,32 @@ def test_an_epoch_holds_every_image_once_but_those_held_out(digits):
     assert tokens_of(first(again, 2)) == tokens_of(first(data, 4))[26:]
 
 
+def test_each_side_is_capped_and_none_of_the_held_out_images_trains(digits):
+    settings, images = digits
+    few = Pixels(**settings, context=12, val_count=2)
+    whole = Pixels(**settings, context=12, val_count=None)
+    assert few.summary()["val_documents"] == few.summary()["test_documents"] == 2
+    assert few.test_windows().batch(0, 9)["targets"].tolist() == images["test"][1:4:2].reshape(2, -1).tolist()
+    assert few.fingerprint == whole.fingerprint
+    assert tokens_of(first(few, 5)) == tokens_of(first(whole, 5))
+    assert (
+        few.summary()["train_documents"] == 39
+    )  # the last held-out image, beyond the cap, is in training too
+
+
+def test_without_a_second_held_out_image_there_is_nothing_to_test_on(digits, tmp_path):
+    settings, images = digits
+    for n, name in ((1, "one"), (2, "twice")):  # the second is the first one again
+        same = np.repeat(images["test"][:1], n, axis=0)
+        (tmp_path / name).write_bytes(struct.pack(">4i", 2051, n, 4, 3) + same.tobytes())
+        (tmp_path / f"{name}-labels").write_bytes(struct.pack(">2i", 2049, n) + bytes(n))
+        held_out = {"val_images": str(tmp_path / name), "val_labels": str(tmp_path / f"{name}-labels")}
+        data = Pixels(**settings | held_out, context=12)
+        assert data.summary()["test_documents"] == 0
+        with pytest.raises(BadInput, match="val_images: they hold no second image to test on"):
+            data.test_windows()
+
+
 def test_mnist_and_cifar():
     mnist = {
         f"{side}{kind}": str(
@@ -83,7 +112,7 @@ def test_mnist_and_cifar():
         for kind in ("images", "labels")
     }
     data = Pixels(**mnist, context=784)
-    assert data.summary()["val_documents"] == 1000
+    assert data.summary()["val_documents"] == data.summary()["test_documents"] == 500  # of the 1000 at hand
     assert 1 < data.summary()["unigram_bits_per_byte"] < 3
     cifar = {
         "images": str(real_data("vision/cifar10/train-00000-of-00001.parquet")),
@@ -125,7 +154,7 @@ def test_colour_images_of_a_parquet_file_run_pixel_by_pixel(tmp_path):
     files = {"images": str(tmp_path / "train.parquet"), "val_images": str(tmp_path / "val.parquet")}
     data = Pixels(**files, context=18, batch_size=4)
     targets = torch.cat([batch["targets"] for batch in data.val_dataloader()]).tolist()
-    assert targets == images.reshape(20, -1).tolist()
+    assert targets == images[::2].reshape(10, -1).tolist()
     assert data.tokenizer.vocab_size == 256 + 2 + 1
     grey = Pixels(**files, grey=True, context=6, batch_size=4)
     assert next(iter(grey.val_dataloader()))["targets"].shape == (4, 6)
@@ -151,5 +180,5 @@ def test_images_of_a_data_set_on_the_hub(tmp_path, monkeypatch):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     revision, targets = done.stdout.splitlines()[-2:]
-    assert json.loads(targets) == images.reshape(20, -1).tolist()
+    assert json.loads(targets) == images[::2].reshape(10, -1).tolist()
     assert revision == repository.commit()
