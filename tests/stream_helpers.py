@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 from data_helpers import many_texts
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.base import TokenData
+from datamodules.loaders import TrainingLoader
 
 SUBSETS = ("Pile-CC", "Github", "ArXiv")
 
@@ -75,25 +78,47 @@ def pile(files: int = 4, documents: int = 90) -> dict[str, bytes]:
     }
 
 
+def over_epochs(loader: TrainingLoader) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from loader
+
+
 def first(data: TokenData, n: int) -> list[dict[str, Any]]:
-    return list(itertools.islice(data.train_dataloader(), n))
+    """The next n batches; the data's position stays where it is."""
+    state = data.state_dict()
+    data.load_state_dict(state)
+    batches = list(itertools.islice(over_epochs(data.train_dataloader()), n))
+    data.load_state_dict(state)
+    return batches
 
 
 def tokens_of(batches: list[dict[str, Any]]) -> list[list[int]]:
     return torch.cat([batch["tokens"] for batch in batches]).tolist()
 
 
-def consume(data: TokenData, batches: list[dict[str, Any]], world: int = 1) -> None:
-    """What training does with the data module for every batch."""
-    for batch in batches:
-        data.on_before_batch_transfer(dict(batch), 0)
-        data.samples += len(batch["tokens"]) * world
+def consume(data: TokenData, batches: list[dict[str, Any]]) -> None:
+    """Read on over batches, which must be the ones that come next."""
+    if not batches:
+        return
+    samples = data.samples
+    loader = data.train_loader if data.train_loader and not data._pending else data.train_dataloader()
+    for expected, batch in zip(batches, over_epochs(loader), strict=False):
+        assert batch["sample"].tolist() == expected["sample"].tolist()
+        assert torch.equal(batch["tokens"], expected["tokens"])
+        samples += loader.batch
+        assert data.samples == samples
+        if batch["sample"].tolist() == batches[-1]["sample"].tolist():
+            return
 
 
 def as_rank(data: TokenData, rank: int, world: int) -> TokenData:
-    device = SimpleNamespace(type="cpu")
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world, strategy=SimpleNamespace(root_device=device)
+        global_rank=rank,
+        world_size=world,
+        strategy=DDPStrategy(parallel_devices=[torch.device("cpu")]) if world > 1 else SingleDeviceStrategy(),
+        accumulate_grad_batches=1,
+        overfit_batches=0,
+        max_epochs=-1,
     )
     return data
 
