@@ -196,8 +196,8 @@ class TokenData(LightningDataModule, ABC):
         if state is None and newest is not None and getattr(self.trainer, "train_dataloader", None) is newest:
             state = newest.state_dict()
         loader = self._training_loader(state)
-        trainer = self.trainer
-        if trainer and loader.length is None and trainer.max_epochs not in (None, -1):
+        trainer: Any = self.trainer
+        if loader.length is None and trainer and trainer.max_epochs not in (None, -1):
             # An epoch of so many batches has a length for Lightning.
             limited = isinstance(trainer.limit_train_batches, int) or trainer.overfit_batches > 0
             if not limited:
@@ -209,7 +209,7 @@ class TokenData(LightningDataModule, ABC):
         return loader
 
     def _training_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         loader = TrainingLoader(
             self,
             ranks=self._ranks,

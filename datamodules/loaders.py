@@ -66,6 +66,8 @@ class Loader(DataLoader):
     def __init__(self, dataset: "IterableDataset[Batch]", **options: Any):
         own = {"batch_size": None, "collate_fn": _unchanged, "worker_init_fn": _end_with_parent}
         super().__init__(dataset, **(own | options))
+        # DataLoader protects the sampler that it makes; Lightning takes it for one that shuffles.
+        object.__setattr__(self, "sampler", _InOrder(dataset))
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batches = self._start()
@@ -83,9 +85,15 @@ class Loader(DataLoader):
         try:
             return next(batches, {})
         except RuntimeError as error:
-            if (death := _death(error)) is None:
+            if (death := _death(error, batches)) is None:
                 raise
             raise death from None
+        except (EOFError, OSError) as error:
+            if not self.num_workers or "in DataLoader worker process" in str(error):
+                raise
+            # The memory of a batch went with the worker that made it; that the worker died is known a moment later.
+            time.sleep(1)
+            raise _died(batches) from None
 
 
 class TrainingLoader(Loader):
@@ -104,7 +112,7 @@ class TrainingLoader(Loader):
         options: Those of `DataLoader`.
     """
 
-    dataset: "TrainingStream"
+    dataset: "TrainingStream"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -118,8 +126,7 @@ class TrainingLoader(Loader):
         if options.get("num_workers"):
             options.setdefault("timeout", SECONDS_BETWEEN_LOOKS)
         super().__init__(TrainingStream(data), **options)
-        # Lightning announces epochs to the sampler, which DataLoader makes itself and then protects.
-        object.__setattr__(self, "sampler", _EpochSampler(self))
+        object.__setattr__(self, "sampler", _InOrder(self.dataset, self.set_epoch))
         self.data, self.accumulate, self.overfit = data, accumulate, overfit
         self._ranks = ranks
         self._stop_requested = stop_requested
@@ -202,6 +209,7 @@ class TrainingLoader(Loader):
             "epoch": self.epoch,
             "epoch_start": self.epoch_start,
             "batch": self.batch,
+            "accumulate": self.accumulate,
             "length": self.length or 0,
             "seed": self.data.seed,
             "context": self.data.context,
@@ -224,7 +232,8 @@ class TrainingLoader(Loader):
         if order != (self.data.seed, self.data.order_state()):
             self._windows = None
         self.samples = state_dict["samples"]
-        same = (state_dict.get("batch"), state_dict.get("length")) == (self.batch, self.length or 0)
+        shape = {"batch": self.batch, "accumulate": self.accumulate, "length": self.length or 0}
+        same = shape.items() <= state_dict.items()
         self.epoch_start = state_dict["epoch_start"] if same else self.samples
         self.epoch = state_dict.get("epoch", 0)
         self._recent.clear()
@@ -421,18 +430,13 @@ class EvaluationStream(IterableDataset):
                 yield without_text(self.batch_size, self.context, domain=0)
 
 
-class _EpochSampler(SequentialSampler):
-    """Takes Lightning's `set_epoch` for the loader. As a SequentialSampler it says that nothing is shuffled here."""
+class _InOrder(SequentialSampler):
+    """Says that nothing is shuffled here, and takes the number of each epoch, which Lightning gives to samplers."""
 
-    def __init__(self, loader: TrainingLoader):
-        super().__init__(loader.dataset)
-        self.loader = loader
-
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.loader)
+    def __init__(self, dataset: "IterableDataset[Batch]", set_epoch: Callable[[int], None] | None = None):
+        super().__init__(dataset)  # pyright: ignore[reportArgumentType]
+        if set_epoch is not None:
+            self.set_epoch = set_epoch
 
     def __iter__(self) -> Iterator[Any]:  # an IterableDataset is asked for None, again and again
         while True:
@@ -484,22 +488,32 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _death(error: BaseException | None) -> WorkerDied | None:
+def _death(error: BaseException | None, batches: Iterator[Batch] | None = None) -> WorkerDied | None:
     """What torch says of dead workers, in a sentence; None of other errors."""
     if error is None or isinstance(error, WorkerDied):
         return error
-    told = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is |are )?([^.]*)", str(error))
+    told = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", str(error))
     if told is None:
         return None
-    known = _death(error.__cause__) or _death(error.__context__)
-    return known or WorkerDied(
-        f"num_workers: worker process {told[1]} of the data loader {_past(told[2].strip())}: most often memory ran "
-        "out; give the job more memory or set fewer workers, and the same command goes on from the last checkpoint"
+    return _death(error.__cause__) or _died(batches, told[1], told[2].strip())
+
+
+def _died(
+    batches: Iterator[Batch] | None, process: str = "", reason: str = "exited unexpectedly"
+) -> WorkerDied:
+    for worker in getattr(batches, "_workers", ()):
+        if worker.exitcode and not reason.startswith("killed"):
+            process, code = str(worker.pid), worker.exitcode
+            reason = (
+                f"killed by signal: {signal.strsignal(-code)}"
+                if code < 0
+                else f"exited with exit code {code}"
+            )
+    was = "was " if reason.startswith("killed") else ""
+    return WorkerDied(
+        f"num_workers: worker process {process} of the data loader {was}{reason}: most often memory ran out; give the "
+        "job more memory or set fewer workers, and the same command goes on from the last checkpoint"
     )
-
-
-def _past(reason: str) -> str:
-    return f"was {reason}" if reason.startswith("killed") else reason
 
 
 def _explain_dead_workers() -> None:

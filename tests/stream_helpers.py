@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.base import TokenData
 from datamodules.documents import hash64
+from datamodules.loaders import TrainingLoader
 from datamodules.streamed import StreamedData
 
 SUBSETS = ("Pile-CC", "Github", "ArXiv")
@@ -79,6 +81,11 @@ def pile(files: int = 4, documents: int = 90) -> dict[str, bytes]:
     }
 
 
+def over_epochs(loader: TrainingLoader) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from loader
+
+
 def training_texts(cls: type[StreamedData]) -> list[str]:
     """The training documents that these repositories have, file after file."""
     n_files, n, prefix = {
@@ -112,7 +119,8 @@ def held_out_texts(data: Any) -> set[str]:
 def first(data: TokenData, n: int) -> list[dict[str, Any]]:
     """The next n batches; the data's position stays where it is."""
     state = data.state_dict()
-    batches = list(itertools.islice(data.train_dataloader(), n))
+    data.load_state_dict(state)
+    batches = list(itertools.islice(over_epochs(data.train_dataloader()), n))
     data.load_state_dict(state)
     return batches
 
@@ -127,7 +135,7 @@ def consume(data: TokenData, batches: list[dict[str, Any]]) -> None:
         return
     samples = data.samples
     loader = data.train_loader if data.train_loader and not data._pending else data.train_dataloader()
-    for expected, batch in zip(batches, loader, strict=False):
+    for expected, batch in zip(batches, over_epochs(loader), strict=False):
         assert batch["sample"].tolist() == expected["sample"].tolist()
         assert torch.equal(batch["tokens"], expected["tokens"])
         samples += loader.batch
@@ -140,7 +148,7 @@ def as_rank(data: TokenData, rank: int, world: int) -> TokenData:
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank,
         world_size=world,
-        strategy=DDPStrategy([torch.device("cpu")]) if world > 1 else SingleDeviceStrategy(),
+        strategy=DDPStrategy(parallel_devices=[torch.device("cpu")]) if world > 1 else SingleDeviceStrategy(),
         accumulate_grad_batches=1,
         overfit_batches=0,
         max_epochs=-1,
