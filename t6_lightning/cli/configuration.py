@@ -193,11 +193,10 @@ class T6CLI(LightningCLI):
         built: Any = self.config_init
         options: CheckpointOptions = built.checkpoints
         config = {**built.trainer, **kwargs, "plugins": [VerifiedCheckpointIO(options.asynchronous)]}
-        callbacks: list[Callback] = []
         if self.command == "fit":
             run = self.run
-            # In this order: what is decided of a step, then what is logged of it, then what is saved.
-            callbacks = [
+            # In this order: what is decided of a step, then what is logged of it; what saves comes last by itself.
+            own: list[Callback] = [
                 StepSeeds(int(self.config.seed_everything)),
                 built.cadence,
                 built.spikes,
@@ -205,6 +204,7 @@ class T6CLI(LightningCLI):
                 TrainingProgress(),
                 Checkpoints(options.every_tokens, options.keep, lambda: run.checkpoints),
             ]
+            config["callbacks"] = [*own, *_as_list(config["callbacks"])]
             tracking = MLflowTracking(**vars(self.config.tracking), run=run)
             config["logger"] = [tracking, *_as_list(config["logger"])]
             config["profiler"] = _profiler(config["profiler"])
@@ -212,7 +212,7 @@ class T6CLI(LightningCLI):
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
             config["profiler"] = None  # a run's configuration may have one, of its training
         return launch.build_trainer(
-            lambda config: self._instantiate_trainer(config, callbacks), config, options.sharded
+            lambda config: self._instantiate_trainer(config, []), config, options.sharded
         )
 
     @cached_property

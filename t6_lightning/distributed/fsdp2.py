@@ -127,9 +127,8 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        averaging = [
-            c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)
-        ]  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging:
             name = type(averaging[0]).__name__
             raise BadInput(

@@ -80,9 +80,11 @@ def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Traine
     Raises:
         BadInput: before anything is trained or written: settings, data, disk, another process that trains the run.
     """
-    require(
-        _find(trainer.callbacks, Checkpoints) is not None, "callbacks", "no Checkpoints", "a run saves itself"
-    )  # pyright: ignore[reportAttributeAccessIssue]
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    if _find(callbacks, Checkpoints) is None:
+        raise BadInput(
+            "fit is not possible: the Trainer lacks the callback Checkpoints with the run's folder"
+        )
     return launch.on_every_rank(trainer, module, lambda: _fit(config, module, data, trainer, run))
 
 

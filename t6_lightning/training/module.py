@@ -250,6 +250,7 @@ class T6Module(pl.LightningModule):
         self._has_stepped = False
         writes = logs_step(self.trainer)
         if not (writes or self.trainer.global_step == 1):  # the first is for callbacks; loggers do not get it
+            log_at_step(self, {})  # ModelCheckpoint names files by it
             return
         nats, counted = self._unlogged
         log_at_step(

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from commands import TINY, fit
+from commands import fit
 from data_helpers import many_texts, write_jsonl
 from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
@@ -108,7 +108,7 @@ class Bigram(pl.LightningModule):
         self.log("val/loss", self.loss(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
+        return torch.optim.SGD(self.parameters(), lr=10.0)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -215,7 +215,7 @@ def test_another_rate_and_a_longer_run_take_hold_on_resuming(texts: Path, tmp_pa
     torch.save(state, tmp_path / "before.ckpt")
     for file in ("step=5.ckpt", "before.ckpt"):
         longer = T6Module(net(), AdamWConfig(lr=7e-3, weight_decay=0.3), Cosine(warmup_steps=2))
-        logger = CSVLogger(tmp_path, name=file)
+        logger = CSVLogger(tmp_path, name=f"after {file}")
         t = trainer(tmp_path, max_steps=30, limit_val_batches=0, logger=logger, log_every_n_steps=1)
         t.fit(longer, data(texts), ckpt_path=tmp_path / file)
         rates = {
@@ -282,7 +282,7 @@ def test_a_foreign_module_trains_on_our_data(home: Path, tmp_path: Path) -> None
     t = trainer(
         tmp_path, max_steps=40, val_check_interval=20, check_val_every_n_epoch=None,
         callbacks=[StepSeeds(0), Cadence(validate_every_tokens=None), Monitor(), TrainingProgress(), Checkpoints()],
-        plugins=[VerifiedCheckpointIO(asynchronous=True)],
+        plugins=[VerifiedCheckpointIO(asynchronous=True)], enable_progress_bar=True,
     )  # fmt: skip
     t.fit(Bigram(257), corpus)
     assert float(t.callback_metrics["val/loss"]) < 5.5
@@ -305,7 +305,7 @@ OURS = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_each_callback_of_ours_works_alone(name: str, texts: Path, tmp_path: Path) -> None:
-    progress = {"enable_progress_bar": True} if name == "TrainingProgress" else {}
+    progress: dict[str, Any] = {"enable_progress_bar": True} if name == "TrainingProgress" else {}
     t = trainer(tmp_path, max_steps=9, callbacks=[OURS[name]()], **progress)
     t.fit(module(), data(texts))
     assert t.global_step == 9
@@ -397,10 +397,9 @@ def test_stock_callbacks_and_loggers_through_the_command_line(home: Path, tmp_pa
     assert RunFolder("stock").record["status"] == "finished"
     found = rows(tmp_path / "csv" / "version_0" / "metrics.csv")
     assert [int(row["step"]) for row in found if row["val/loss"]] == [10, 20]
-    assert [int(row["step"]) for row in found if row["train/loss"]] == [3, 6, 9, 12, 15, 18, 20]
+    assert [int(row["step"]) for row in found if row["train/loss"]] == [3, 6, 9, 12, 15, 18]
     assert list((tmp_path / "best").glob("*.ckpt"))
     assert list((tmp_path / "tb" / "version_0").glob("events*"))
     again = fit("stock", "--config", str(config), "--trainer.max_steps", "300")
     assert again.returncode == 0, again.stderr
     assert "is finished already" in again.stdout
-    assert TINY

@@ -97,15 +97,18 @@ class Cadence(pl.Callback):
         if "loops" not in checkpoint or trainer.state.fn != "fit":
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        place = checkpoint.get(type(data).__qualname__, {})
         is_same = checkpoint.get("callbacks", {}).get(self.state_key) == self.state_dict()
-        if is_same and "epoch_start" not in place:
-            return  # data of the user's own: Lightning's counts are right
+        if not hasattr(data, "batches_into_epoch"):
+            if is_same:
+                return  # data of the user's own: Lightning's counts are right
+            of_epoch, length = 0, 0
+        else:
+            of_epoch = data.batches_into_epoch()
+            length = checkpoint.get(type(data).__qualname__, {}).get("length", 0)
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]
         of_run = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        of_epoch = (place["samples"] - place["epoch_start"]) // place["batch"] if is_same else 0
-        if is_same and place["length"] and of_epoch == place["length"]:
+        if length and of_epoch == length:
             of_epoch = 0
             for counts in loops["epoch_progress"].values():
                 counts.update(dict.fromkeys(counts, counts["ready"]))

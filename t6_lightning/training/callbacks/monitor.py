@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from datamodules.loaders import TrainingLoader
 from t6_lightning.distributed import ranks
 from t6_lightning.training.callbacks.cadence import stepped
 from t6_lightning.training.metrics import log_at_step, logs_step
@@ -78,7 +79,7 @@ class Monitor(pl.Callback):
         loader = _our_loader(trainer)
         if loader is not None:
             metrics["perf/data_share"] = self._waited / self._seconds
-            for name, epochs in loader.epochs().items():
+            for name, epochs in loader.data.epochs().items():
                 metrics[f"data/epochs/{name}"] = ranks.largest(epochs)
         if isinstance(module, T6Module):
             half = trainer.precision in ("bf16-mixed", "bf16-true")
@@ -112,10 +113,10 @@ class Monitor(pl.Callback):
         self._started = None
 
 
-def _our_loader(trainer: pl.Trainer) -> Any:
+def _our_loader(trainer: pl.Trainer) -> TrainingLoader | None:
     """The training loader where it is one of `datamodules`, which knows its epochs and waiting time; else None."""
-    loader: Any = trainer.train_dataloader
-    return loader if hasattr(loader, "epochs") and hasattr(loader, "seconds_waited") else None
+    loader = trainer.train_dataloader
+    return loader if isinstance(loader, TrainingLoader) else None
 
 
 def _seconds_waited(trainer: pl.Trainer) -> float:
