@@ -96,6 +96,5 @@ class _MovedModules(MetaPathFinder, Loader):
         module.__spec__ = module.__spec__.loader_state
 
 
-sys.meta_path.insert(
-    0, _MovedModules()
-)  # before the folders: `callbacks` has a path, in which `callbacks.seeds` lies
+# First, since `callbacks` has a path, in which the usual finder would find `callbacks.seeds` a second time.
+sys.meta_path.insert(0, _MovedModules())
