@@ -39,13 +39,16 @@ def one_per_family() -> dict[str, T6Config]:
 
 
 def random_model(config: T6Config, dtype: torch.dtype = torch.float64) -> T6:
-    """A model whose zero-initialized parameters are random too, so that every path shows in the logits."""
+    """A model with noise on every parameter, so that every path shows in the logits.
+
+    Matrices that start at zero would hide what comes before them, and scales that start at one their own absence.
+    """
     torch.manual_seed(0)
     model = T6(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+            spread = parameter.square().mean().sqrt() if parameter.any() else torch.ones(())
+            parameter.add_(torch.randn_like(parameter) * 0.3 * spread)
     return model
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kernels.bench import suite, targets
+from kernels.bench import decode_table, suite, targets
 
 RECORDED = Path(__file__).parents[2] / "kernels" / "results"
 
@@ -18,37 +20,80 @@ def lines(results: targets.Results) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def recorded() -> targets.Results:
-    return targets.read(RECORDED)
+def decode_row(**changes: Any) -> dict[str, Any]:
+    """A row of the decode table, as `kernels.bench decode --table` writes it."""
+    case = decode_table.Case(32, 64, 1, 16, 65_536)
+    row = {**asdict(case), "layout": "padded", "cache_bytes": case.n_bytes, "group": "256 MB and more"}
+    measured = {"median_s": 1e-4, "share_of_copy_bandwidth": 0.96, "times_one_dense_query": None}
+    others = {"gqa8_s": 5.126e-4, "mqa_s": 5e-5, "reference_s": None}
+    return row | measured | others | changes
 
 
-def test_the_recorded_results_are_judged_as_the_pages_say():
-    found = lines(recorded())
-    assert found["34, 47, 61, 78 heads, rank 2, padded"] == [
-        "≥ 90.0 %",
-        "90.4 % to 94.2 %",
-        "reached",
-    ]
+def results() -> targets.Results:
+    """Figures made up so that some targets are reached, one is missed, and one is missed in part."""
+    generated = {"paper/medium-tpa": 1.0, "paper/medium-mha": 1.7, "paper/medium-mla-as-released": 1.2}
+    return {
+        "decode": {
+            "recompilations": 0,
+            "rows": [
+                decode_row(),
+                decode_row(head_dim=128, share_of_copy_bandwidth=0.95),
+                decode_row(batch=1, tokens=4096, group="one row, 4,096 tokens", median_s=5e-6),
+                decode_row(group="odd head counts", heads=47, share_of_copy_bandwidth=0.9042),
+                decode_row(group="odd head counts", heads=34, share_of_copy_bandwidth=0.942),
+                *(
+                    decode_row(group="query tokens", queries=4, times_one_dense_query=times)
+                    for times in (1.11, 1.15, 1.46)
+                ),
+            ],
+            "others": [{"what": targets.MLA, "batch": 16, "median_s": 2.98e-4}],
+        },
+        "train": {
+            "models": [
+                {"preset": "paper/medium-tpa", "tokens_per_second": 144_500.0, "peak_memory_bytes": 2**34}
+            ]
+        },
+        "generate": [
+            {"preset": preset, "seconds_per_token": seconds, "share_of_floor": 0.8 / seconds}
+            for preset, seconds in generated.items()
+        ],
+        "cache": [{"padding_bytes": 1, "logical_bytes": 100, "predicted_bytes": 100}],
+    }
+
+
+def test_results_are_judged_by_their_goals():
+    found = lines(results())
+    assert found["34, 47, 61, 78 heads, rank 2, padded"] == ["≥ 90.0 %", "90.4 % to 94.2 %", "reached"]
+    assert found["the same, head_dim 128"] == ["≥ 95.0 %", "95.0 %", "reached"]
     assert found["SDPA with 8 KV heads, rank 1"] == ["≥ 4.80×", "5.13×", "reached"]
     assert found["4 query tokens over one"] == ["≤ 1.15×", "1.11× to 1.46×", "missed, 2 of 3 reach it"]
-    assert found["training, medium T6"] == ["≥ 145,000 tokens/s", "149,476.3 tokens/s", "reached"]
-    assert found["– over the paper's public code"] == ["≥ 1.50×", "1.55×", "reached"]
-    assert found["generation, medium T6: share of the floor"] == ["≥ 80.0 %", "82.1 %", "reached"]
+    assert found["training, medium T6"] == ["≥ 145,000 tokens/s", "144,500 tokens/s", "missed"]
+    assert found["– over the paper's public code"] == ["≥ 1.50×", "1.501×", "reached"]
+    assert found["generation, medium T6: share of the floor"] == ["≥ 80.0 %", "80.0 %", "reached"]
+    assert found["– MHA and MLA of as many parameters"] == ["≥ 1.00×", "1.20× to 1.70×", "reached"]
     assert found["cache bytes, apart from padding: off the formula"] == ["≤ 0.0 %", "0.0 %", "reached"]
-    assert found["– MHA and MLA of as many parameters"][2] == "reached"
     assert found["FlashInfer's MLA, 16 rows of 65,536 tokens, rank 1"] == ["≥ 2.80×", "2.98×", "reached"]
 
 
 def test_what_was_not_run_is_not_measured_and_a_change_changes_the_verdict():
-    results = recorded()
-    results["train"]["models"][0]["tokens_per_second"] = 144_999
-    results["decode"]["recompilations"] = 1
-    found = lines(results | {"cache": [{"padding_bytes": 6, "logical_bytes": 100, "predicted_bytes": 100}]})
-    assert found["training, medium T6"] == ["≥ 145,000 tokens/s", "144,999 tokens/s", "missed"]
+    changed = results()
+    changed["train"]["models"][0]["tokens_per_second"] = 145_000
+    changed["decode"]["recompilations"] = 1
+    found = lines(changed | {"cache": [{"padding_bytes": 6, "logical_bytes": 100, "predicted_bytes": 100}]})
+    assert found["training, medium T6"] == ["≥ 145,000 tokens/s", "145,000 tokens/s", "reached"]
     assert found["kernels compiled again"] == ["≤ 0", "1", "missed"]
     assert found["declared padding of the cache"] == ["≤ 5.0 %", "6.0 %", "missed"]
     without = lines({"cache": []})
     assert {row[1] for row in without.values()} == {"not measured"}
+
+
+def test_every_target_finds_its_rows_in_the_results_of_this_repository():
+    """A target whose names no longer fit the files would read "not measured"."""
+    recorded = targets.read(RECORDED)
+    for row in recorded["decode"]["rows"]:
+        row["reference_s"] = row["median_s"]  # the paper's kernel is timed only where there is a clone of it
+    found = lines(recorded)
+    assert [what for what, row in found.items() if row[1] == "not measured"] == []
 
 
 def test_every_result_that_is_judged_comes_from_a_part():
@@ -81,10 +126,14 @@ def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     assert ended["good"] == "done"
     kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
     assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
+    partial = {file.name: file.read_text() for file in tmp_path.glob("*.partial")}
+    assert partial == {"broken.json.partial": "[1]", "slow.json.partial": "[1]"}
     assert (tmp_path / "good.txt").read_text() == "good\n"
     assert (tmp_path / "broken-profile.txt").read_text() == "old"
     assert (tmp_path / "good-profile.txt").read_text() == "new"
     assert not list(tmp_path.glob("*.new"))
+    suite.run({"slow": write("slow")}, tmp_path, limit=60)
+    assert [file.name for file in tmp_path.glob("*.partial")] == ["broken.json.partial"]
 
 
 def test_a_part_that_really_runs_here_is_judged(tmp_path):
@@ -137,22 +186,23 @@ def test_zeros_are_not_measured(tmp_path, capsys):
 @pytest.mark.parametrize("value", [None, "29.1", [1], math.nan, 10**400], ids=lambda value: str(value)[:5])
 def test_what_is_no_number_is_not_measured(value):
     """`bench train` on a CPU writes null for the peak memory."""
-    results = recorded()
-    results["train"]["models"][0]["peak_memory_bytes"] = value
-    results["train"]["models"][0]["tokens_per_second"] = value
-    results["decode"]["recompilations"] = value
-    for row in results["decode"]["rows"]:
-        row["share_of_copy_bandwidth"] = row["median_s"] = value
-    found = lines(results)
-    for name in (
+    named = (
         "training, medium T6",
         "– peak memory, the public code's MHA",
         "kernels compiled again",
         "the same, head_dim 128",
         "one row, 4,096 tokens",
         "SDPA with 8 KV heads, rank 1",
-    ):
-        assert found[name][1] == "not measured"
+    )
+    changed = results()
+    assert all(lines(changed)[name][1] != "not measured" for name in named)
+    changed["train"]["models"][0]["peak_memory_bytes"] = value
+    changed["train"]["models"][0]["tokens_per_second"] = value
+    changed["decode"]["recompilations"] = value
+    for row in changed["decode"]["rows"]:
+        row["share_of_copy_bandwidth"] = row["median_s"] = value
+    found = lines(changed)
+    assert {name: found[name][1] for name in named} == dict.fromkeys(named, "not measured")
     assert found["generation, medium T6: share of the floor"][2] == "reached"
 
 
@@ -171,30 +221,3 @@ def test_a_folder_that_cannot_be_made_and_an_interrupt_are_one_sentence(tmp_path
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
-
-
-def test_the_page_about_decoding_says_what_its_table_holds():
-    page = (RECORDED.parents[1] / "docs" / "flashtpa-decode.md").read_text()
-    rows = recorded()["decode"]["rows"]
-    groups = {
-        group: [row for row in rows if row["group"] == group] for group in {row["group"] for row in rows}
-    }
-    to_one = [row["times_one_dense_query"] for row in groups["ragged and paged"]]
-    furthest = max(abs(ratio - 1) for ratio in to_one)
-    verdict = "reached" if furthest <= 0.05 else "missed"
-    assert f"| within {100 * furthest:.1f} % | {verdict} |" in page
-    large = groups["256 MB and more"]
-    to_mqa = {
-        rank: [row["median_s"] / row["mqa_s"] for row in large if row["rank"] == rank] for rank in (1, 2, 4)
-    }
-    said = [f"{min(ratios):.1f} to {max(ratios):.1f}" for ratios in to_mqa.values()]
-    low, high = said[0].split(" to ")
-    assert (
-        f"takes {low} to\n{high} times its time at rank 1, {said[1]} at rank 2, {said[2]} at rank 4" in page
-    )
-    several = {
-        row["queries"]: row["times_one_dense_query"] for row in groups["query tokens"] if row["heads"] == 32
-    }
-    assert f"8 and 16 queries cost {several[8]:.2f}× and {several[16]:.2f}× one" in page
-    [whole] = [row for row in large if (row["heads"], row["head_dim"], row["rank"]) == (32, 64, 1)]
-    assert f"403 MB take {1e6 * whole['median_s']:.0f} µs" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from dataclasses import dataclass
 from math import prod
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from variants import one_per_family, random_model, random_tokens, variants
+from variants import one_per_family, random_model, random_tokens, shrunk, variants
 
 from t6_lightning.model.attention.base import Keys, Layout
+from t6_lightning.model.attention.mha import MHAConfig, MultiHeadAttention
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.rope import Tables
 from t6_lightning.model.t6 import T6
@@ -69,6 +71,37 @@ def test_cached_decoding_equals_the_full_forward(model: T6, tokens: torch.Tensor
     cache = model.new_cache(len(tokens), TOKENS)
     logits = torch.cat([model(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(tokens), rtol=1e-10, atol=1e-11)
+
+
+@dataclass(frozen=True)
+class ForgetfulConfig(MHAConfig):
+    """MHA with a learned scale per head, which starts at one and which cached decoding forgets."""
+
+    def build(self, d_model: int) -> ForgetfulAttention:
+        return ForgetfulAttention(self, d_model)
+
+
+class ForgetfulAttention(MultiHeadAttention):
+    def __init__(self, config: MHAConfig, d_model: int) -> None:
+        super().__init__(config, d_model)
+        self.head_scale = nn.Parameter(torch.ones(config.n_heads))
+
+    def attend(
+        self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        return super().attend(q_BTHD, k_BTGD, v_BTGE, layout) * self.head_scale[:, None]
+
+
+@pytest.mark.parametrize("pieces", [[1] * TOKENS, [5, 1, 4, 3]], ids=["single", "chunks"])
+def test_the_contract_notices_a_scale_that_decoding_forgets(pieces: list[int]) -> None:
+    config = shrunk(T6Config(attention=ForgetfulConfig()))
+    model, tokens = random_model(config), random_tokens(config, 3, TOKENS)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        test_cached_decoding_equals_the_full_forward(model, tokens, pieces)
+    # Nothing else about the family is wrong.
+    for block in model.blocks:
+        nn.init.ones_(block.attention.head_scale)
+    test_cached_decoding_equals_the_full_forward(model, tokens, pieces)
 
 
 def test_rows_of_different_lengths_share_a_cache_that_can_be_cropped(
