@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from t6_lightning.common.files import write_atomically
 from t6_lightning.common.version import VERSION
 
 PACKAGES = (
@@ -77,5 +78,5 @@ def describe() -> dict[str, Any]:
 
 def write(file: Path) -> Path:
     """Write `describe()` as JSON."""
-    file.write_text(json.dumps(describe(), indent=2) + "\n")
+    write_atomically(file, json.dumps(describe(), indent=2) + "\n")
     return file
