@@ -10,4 +10,4 @@ class Parser(argparse.ArgumentParser):
     """Raises BadInput, in one sentence, where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(message.removeprefix("argument "))
+        raise BadInput(f"{message.removeprefix('argument ').rstrip('.')}.")

@@ -14,9 +14,9 @@ def test_a_wrong_argument_is_bad_input_in_subcommands_too() -> None:
     parser = Parser(prog="program")
     parser.add_subparsers(dest="command").add_parser("go").add_argument("--n", type=int)
     assert parser.parse_args(["go", "--n", "3"]).n == 3
-    with pytest.raises(BadInput, match=r"^--n: invalid int value: 'x'$"):
+    with pytest.raises(BadInput, match=r"^--n: invalid int value: 'x'\.$"):
         parser.parse_args(["go", "--n", "x"])
-    with pytest.raises(BadInput, match=r"^unrecognized arguments: --m$"):
+    with pytest.raises(BadInput, match=r"^unrecognized arguments: --m\.$"):
         parser.parse_args(["go", "--m"])
 
 
