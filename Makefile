@@ -1,5 +1,5 @@
 # make fit   trains the quickstart model      make test  runs the tests
-# make lint  lint, format check and types     make prove runs the long proofs
+# make lint  lint, format, types, imports     make prove runs the long proofs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +20,7 @@ lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.dev-ready
 	$(BIN)/ruff check --fix .

@@ -15,8 +15,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from t6_lightning.common.arguments import Parser
 from t6_lightning.common.errors import BadInput, SourceUnavailable, reason_in
 from t6_lightning.common.home import t6_home
 
@@ -271,15 +272,8 @@ def _named(values: list[str]) -> dict[str, list[str] | str]:
     return named
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message.removeprefix('argument ').rstrip('.')}.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m datamodules",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from datamodules.json_rows import reach
 from datamodules.stores import LOCAL, Store, StoredFile, count_damage, counting
 from datamodules.token_cache import PieceCache, Shard
 from t6_lightning.common.errors import BadInput, first_line
-from t6_lightning.common.files import write_atomically
+from t6_lightning.common.files import replacing, write_atomically
 from t6_lightning.common.home import t6_home
 
 if TYPE_CHECKING:
@@ -250,8 +249,8 @@ class Pieces:
             except Exception as error:  # pyarrow's own
                 raise BadInput(f"{self._place(file)}: {first_line(error)}.") from error
             if self.store.revision != LOCAL:
-                footer.write_metadata_file(str(beside := kept.with_suffix(f".tmp-{os.getpid()}")))
-                os.replace(beside, kept)
+                with replacing(kept) as beside:
+                    footer.write_metadata_file(str(beside))
             return footer
 
     def _line_rows(self, file: int, piece: int, damage: Damage) -> Iterator[tuple[Any, Any]]:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from datamodules.documents import Damage
 from t6_lightning.common.errors import BadInput, SourceUnavailable, first_line
 from t6_lightning.common.files import write_atomically
 from t6_lightning.common.home import t6_home
+from t6_lightning.common.secrets import hide_password
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Hub:
     @property
     def _shown(self) -> str:
         """The endpoint as messages may say it: an address may hold a password."""
-        return re.sub(r"//[^/@]*@", "//***@", self.endpoint)
+        return hide_password(self.endpoint)
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
         listed = {file for pattern in patterns for file in self._tree(_fixed_folder(pattern))}

@@ -1,6 +1,5 @@
 """python -m mlflow_server [start] [--backend URL] [--artifacts URL] [--host H] [--port P], and status."""
 
-import argparse
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from mlflow_server.settings import (
     is_server,
     resolve,
 )
+from t6_lightning.common.arguments import Parser
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 from t6_lightning.common.secrets import hide_password
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     # `start` may be left out, but not before --help, which lists the commands.
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["start", *arguments]
-    given = _parser().parse_args(arguments)
     try:
+        given = _parser().parse_args(arguments)
         if given.command == "status":
             return status(given.host, given.port)
         return serve(resolve(given.backend, given.artifacts, given.host, given.port))
@@ -67,8 +67,8 @@ def _read_record() -> dict[str, str]:
         return {}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m mlflow_server",
         description="Show the runs of T6_HOME in MLflow's own pages. Without a command: start.",
     )

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import urllib.request
 from pathlib import Path
 
 from mlflow_server.settings import ServerSettings
-from t6_lightning.common.secrets import hide_password
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.secrets import hide_password, without_secrets
 
 START_SECONDS = 180  # a first start on a slow disk takes half a minute; a hanging one must not last for ever
 STOP_SECONDS = 10
@@ -49,8 +49,8 @@ def serve(settings: ServerSettings) -> int:
                 return 0
             _explain_failure(server, settings, log)
             return 1
-        record.write_text(
-            json.dumps({"address": settings.address, "backend": hide_password(settings.backend)})
+        write_atomically(
+            record, json.dumps({"address": settings.address, "backend": hide_password(settings.backend)})
         )
         _announce(settings, log)
         while server.poll() is None and not stop.wait(0.2):
@@ -142,9 +142,7 @@ def _explain_failure(server: subprocess.Popen[bytes], settings: ServerSettings, 
     what = (
         f"did not answer within {START_SECONDS} s" if code is None else f"ended by itself (exit code {code})"
     )
-    text = log.read_text(errors="replace").replace(settings.backend, hide_password(settings.backend))
-    if password := re.search(r"://[^:@/]*:(.+)@", settings.backend):
-        text = text.replace(password[1], "***")
+    text = without_secrets(log.read_text(errors="replace"), settings.backend, settings.artifacts)
     print(f"The MLflow server {what}; the last lines of {log}:", file=sys.stderr)
     print("\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:]), file=sys.stderr)
 

@@ -1,19 +1,19 @@
 """python -m sweeps run|status|report FILE, and list."""
 
-import argparse
 import json
 import sys
 
 from sweeps import study as study_module
 from sweeps.definition import Sweep, load_sweep
+from t6_lightning.common.arguments import Parser
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for bad input, said in one sentence on stderr)."""
-    given = _parser().parse_args(argv)
     try:
+        given = _parser().parse_args(argv)
         if given.command == "list":
             return list_sweeps()
         sweep = load_sweep(given.file)
@@ -94,8 +94,8 @@ def list_sweeps() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sweeps", description="Answer a question by many runs.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m sweeps", description="Answer a question by many runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{run,status,report,list}")
     run = commands.add_parser(
         "run", help="train what is not finished yet, then report; started again, it goes on"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sweeps.definition import Sweep
 from sweeps.plan import Costs
 from t6_lightning.common.errors import BadInput
-from t6_lightning.common.secrets import hide_password
+from t6_lightning.common.secrets import hide_password, without_secrets
 
 if TYPE_CHECKING:
     import optuna
@@ -161,7 +161,7 @@ def _storage(sweep: Sweep, storage: str | None) -> Iterator[optuna.storages.RDBS
     try:
         yield optuna.storages.RDBStorage(url, engine_kwargs=arguments)
     except (SQLAlchemyError, ImportError, ValueError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0].replace(url, hide_password(url))
+        reason = without_secrets(str(getattr(error, "orig", None) or error).splitlines()[0], url)
         raise BadInput(
             f"--storage {hide_password(url)!r} cannot be opened ({reason}); allowed are sqlite:///FILE and "
             "postgresql+psycopg://USER:PASSWORD@HOST/NAME."

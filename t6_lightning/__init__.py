@@ -13,7 +13,7 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from t6_lightning.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from t6_lightning.checkpoint.load import load
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from t6_lightning.training.module import T6Module
 
 __all__ = [
-    "T6", "MFAConfig", "MHAConfig", "MLAConfig", "T6Config", "T6Module", "TPAConfig", "fit", "generate", "load",
+    "T6", "MFAConfig", "MHAConfig", "MLAConfig", "T6Config", "T6Module", "TPAConfig", "__version__", "fit", "generate",
+    "load",
 ]  # fmt: skip
 
 _OFFERED = {
@@ -98,6 +99,5 @@ class _MovedModules(MetaPathFinder, Loader):
         module.__spec__ = module.__spec__.loader_state
 
 
-sys.meta_path.insert(
-    0, _MovedModules()
-)  # before the folders: `callbacks` has a path, in which `callbacks.seeds` lies
+# First, since `callbacks` has a path, in which the usual finder would find `callbacks.seeds` a second time.
+sys.meta_path.insert(0, _MovedModules())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ import torch
 
 from t6_lightning.checkpoint import shards as checkpoint_shards
 from t6_lightning.common.errors import BadInput, first_line
+from t6_lightning.common.files import replacing, sync, write_atomically
 from t6_lightning.distributed import ranks
 
 log = logging.getLogger(__name__)
@@ -28,6 +27,11 @@ class CheckpointError(RuntimeError):
 
 def _checksum_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".sha256")
+
+
+def _checksum_line(digest: str, checkpoint: Path) -> str:
+    """As `sha256sum` writes it."""
+    return f"{digest}  {checkpoint.name}\n"
 
 
 def _sha256(file: Path) -> str:
@@ -54,14 +58,12 @@ class _Hashed:
         self.stream.flush()
 
 
-def _write_and_sync(file: Path, write: Callable[[Any], object]) -> str:
-    """Write a file to the disk itself; its SHA-256."""
+def _write(state: dict[str, Any], file: Path) -> str:
+    """Write a checkpoint; returns its SHA-256."""
     with file.open("wb") as stream:
-        hashed = _Hashed(stream)
+        hashed: Any = _Hashed(stream)
         with hashed.hasher:
-            write(hashed)
-        stream.flush()
-        os.fsync(stream.fileno())
+            torch.save(state, hashed)
         return hashed.hash.hexdigest()
 
 
@@ -79,20 +81,14 @@ def save(state: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         CheckpointError: the disk is full or the file cannot be written. Nothing half-written stays behind.
     """
-    temporary = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
-    temporary_sum = _checksum_file(temporary)
     try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        digest = _write_and_sync(temporary, lambda stream: torch.save(state, stream))
-        _write_and_sync(temporary_sum, lambda stream: stream.write(f"{digest}  {checkpoint.name}\n".encode()))
-        if checkpoint.is_dir():
-            remove(checkpoint)
-        temporary_sum.replace(_checksum_file(checkpoint))
-        temporary.replace(checkpoint)
+        with replacing(checkpoint) as file:
+            digest = _write(state, file)
+            with replacing(_checksum_file(checkpoint)) as checksum:
+                checksum.write_text(_checksum_line(digest, checkpoint))
+                if checkpoint.is_dir():
+                    remove(checkpoint)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        for file in (temporary, temporary_sum):
-            with contextlib.suppress(OSError):
-                file.unlink()
         raise _not_written(checkpoint, error) from error
 
 
@@ -136,7 +132,9 @@ def save_shards(
         try:
             if all_written:
                 remove(checkpoint)
+                sync(temporary)
                 temporary.rename(checkpoint)
+                sync(checkpoint.parent)
         except OSError as error:
             failure = _not_written(checkpoint, error)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -146,8 +144,7 @@ def save_shards(
 
 def add_checksum(checkpoint: Path) -> None:
     """Write the SHA-256 of a file that another writer has made, so that `is_whole` can tell."""
-    text = f"{_sha256(checkpoint)}  {checkpoint.name}\n".encode()
-    _write_and_sync(_checksum_file(checkpoint), lambda stream: stream.write(text))
+    write_atomically(_checksum_file(checkpoint), _checksum_line(_sha256(checkpoint), checkpoint))
 
 
 _verified: set[tuple[str, int, int, int]] = set()

@@ -6,20 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kernels.bench import files
+from t6_lightning.common import arguments
 from t6_lightning.common.errors import BadInput, require
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
+class Parser(arguments.Parser):
+    """The parser of one command."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"python -m t6_lightning {command}", description=description)
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(message)
 
     def add_json(self) -> None:
         """`--json` prints JSON instead of a table, `--json FILE` writes it."""

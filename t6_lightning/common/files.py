@@ -1,15 +1,44 @@
-"""Small text files that are whole or not there."""
+"""Files that are whole or not there, after a crash or a power cut too."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError for a file only."""
+    is_folder = path.is_dir()
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        # Some network file systems cannot sync a folder.
+        with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+            os.fsync(descriptor)
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, and rename it to `path` when the block ends without an error.
+
+    A reader sees the old file or the new one, never half of it. After an error the old file is untouched and nothing
+    is left behind. Folders that are missing are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -11,6 +11,17 @@ def hide_password(url: str) -> str:
     return re.sub(r"([?&][^=&]+=)[^&]*", r"\1***", url)
 
 
-def without_secrets(text: str) -> str:
-    """A text with user and password in the URLs that it mentions hidden."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+def without_secrets(text: str, *urls: str) -> str:
+    """A text with the secrets of the URLs that it mentions hidden.
+
+    Args:
+        text: may mention any URL.
+        urls: addresses in use. A password of theirs is hidden wherever it stands, also without its URL.
+    """
+    for url in filter(None, urls):
+        text = text.replace(url, hide_password(url))
+        if password := re.search(r"://[^:@/]*:(.+)@", url):
+            text = text.replace(password[1], "***")
+    # A password may hold @, : and / itself: everything up to the last @ is hidden.
+    text = re.sub(r"(\bsqlite:\S*)|//[^\s'\"]*@", lambda found: found[1] or "//***@", text)
+    return re.sub(r"([?&][^=&\s'\"]+=)[^&\s'\")]+", r"\1***", text)

@@ -5,13 +5,19 @@ Shape suffixes: L layers, B batch, T tokens, M cached tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from t6_lightning.model.attention.base import AttentionConfig
-    from t6_lightning.model.rope import Tables
+from t6_lightning.model.rope import Tables
+
+
+class Cacheable(Protocol):
+    """What the cache asks of an attention config (`t6_lightning.model.attention.base.AttentionConfig`)."""
+
+    def cache_entries(self) -> dict[str, tuple[int, ...]]: ...
+
+    def stored_entries(self, element_size: int) -> dict[str, tuple[int, ...]]: ...
 
 
 class KVCache:
@@ -31,7 +37,7 @@ class KVCache:
 
     def __init__(
         self,
-        attention: AttentionConfig,
+        attention: Cacheable,
         n_layers: int,
         batch: int,
         capacity: int,

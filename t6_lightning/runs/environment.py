@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-import t6_lightning
+from t6_lightning.common.files import write_atomically
+from t6_lightning.common.version import VERSION
 
 PACKAGES = (
     "torch", "lightning", "torchmetrics", "numpy", "datasets", "pyarrow", "transformers", "tokenizers",
@@ -23,7 +24,7 @@ PACKAGES = (
 
 def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that this package runs from; None when it is no checkout."""
-    here = Path(t6_lightning.__file__).parent
+    here = Path(__file__).parent
     try:
         done = subprocess.run(
             ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20
@@ -37,11 +38,11 @@ def git_tags() -> dict[str, str]:
     """MLflow tags: the commit of the code and whether its tree was clean."""
     commit = _git("rev-parse", "HEAD")
     # An unrelated repository around an installed package says nothing about the code.
-    if commit is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return {"version": t6_lightning.__version__}
+    if commit is None or _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"version": VERSION}
     dirty = bool(_git("status", "--porcelain"))
     return {
-        "version": t6_lightning.__version__,
+        "version": VERSION,
         "mlflow.source.git.commit": commit,
         "git_dirty": str(dirty).lower(),
     }
@@ -77,5 +78,5 @@ def describe() -> dict[str, Any]:
 
 def write(file: Path) -> Path:
     """Write `describe()` as JSON."""
-    file.write_text(json.dumps(describe(), indent=2) + "\n")
+    write_atomically(file, json.dumps(describe(), indent=2) + "\n")
     return file

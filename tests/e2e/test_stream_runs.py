@@ -19,10 +19,10 @@ import ranks
 import yaml
 from commands import TINY
 from data_helpers import many_texts, write_jsonl
+from elastic import EXACT, elastic, record_samples
 from loopback_hub import LoopbackHub
 from run_records import logged_step, same_state
 from stream_helpers import c4, fineweb_edu, parquet
-from test_distributed import EXACT, elastic, record_samples
 
 from t6_lightning.checkpoint.files import step_of
 from t6_lightning.runs.folder import RunFolder
