@@ -94,19 +94,20 @@ def bypassed_overrides(config: T6Config, tokens: torch.Tensor) -> list[str]:
     """One sentence for each method that is overridden, not called in some phase, and not replaced there either."""
     layer = type(config.attention.build(config.d_model))
     layers = [cls for cls in layer.__mro__ if issubclass(cls, AttentionLayer)]
-    owner: dict[str, int] = {}
     names = {
         name
         for cls in layers
         for name, value in vars(cls).items()
         if callable(value) and not name.startswith("_") and name not in NEVER_COMPUTES
     }
-    owner = {name: next(i for i, cls in enumerate(layers) if name in vars(cls)) for name in names}
+    owner: dict[str, int] = {
+        name: next(i for i, cls in enumerate(layers) if name in vars(cls)) for name in names
+    }
     again = [name for name in names if any(name in vars(cls) for cls in layers[owner[name] + 1 :])]
     configs = [config]
     if isinstance(config.attention, TPAConfig):
         configs.append(dataclasses.replace(config, attention_saves="factors"))
-    sentences: dict[str, None] = {}
+    sentences: dict[tuple[str, str, str], str] = {}
     for one in configs:
         calls = calls_of(one, names, tokens)
         for phase, called in calls.items():
@@ -117,8 +118,9 @@ def bypassed_overrides(config: T6Config, tokens: torch.Tensor) -> list[str]:
                 instead = [m for m in CHAIN[phase].get(name, FURTHER[phase]) if m in called]
                 if name == "attend_cached" or any(owner[m] <= owner[name] for m in instead):
                     continue
-                sentences[_sentence(name, phase, instead, layers, owner, one)] = None
-    return list(sentences)
+                fault = (name, phase, instead[-1] if instead else "")
+                sentences.setdefault(fault, _sentence(name, phase, instead, layers, owner, one))
+    return list(sentences.values())
 
 
 def _sentence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from t6_lightning.common.errors import BadInput, first_line, require
 
@@ -48,11 +48,11 @@ def import_class(path: str, base: type[Base], field: str) -> type[Base]:
     return found
 
 
-def _attribute(names: list[str], n_module: int, field: str) -> object:
+def _attribute(names: list[str], n_module: int, field: str) -> Any:
     """The object `names`, of which the first `n_module` name the module, or fewer for a class inside a class."""
     path, module_name = ".".join(names), ".".join(names[:n_module])
     try:
-        found: object = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if is_missing and n_module > 1:

@@ -52,8 +52,6 @@ def test_expand_of_tpa_is_bypassed_by_heads_and_attend_cached() -> None:
         f"override attend_cached too{TPA_HINT}",
         f"Mine overrides expand, which {inherited}.attend_new does not call in training with "
         f"attention_saves: factors: override attend_new too{TPA_HINT}",
-        f"Mine overrides expand, which {inherited}.attend_cached does not call in decoding with "
-        f"attention_saves: factors: override attend_cached too{TPA_HINT}",
     ]
 
 
