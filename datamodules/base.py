@@ -1,39 +1,35 @@
 """The Lightning side of a corpus: what every data module shares."""
 
 import logging
-import os
-import signal
-import threading
-import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch.utils.data import DataLoader
 
 from datamodules.documents import Document
+from datamodules.loaders import EvaluationStream, Loader, TrainingLoader, without_text
 from datamodules.met import Met, News, of_all_ranks
-from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
+from datamodules.packing import Batch, FixedWindows, Windows
 from datamodules.tokenizer import Tokenizer, load_tokenizer
-from t6_lightning.common.errors import BadInput, SourceUnavailable
+from t6_lightning.common.errors import BadInput
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LOOKS = 5
-"""How long loader processes are waited for before `asked_to_stop` is looked at."""
-
-ENDLESS = 1 << 40
-"""Length that the training stream claims: Lightning drops a batch per resume of a stream without one."""
 
 
 class TokenData(LightningDataModule, ABC):
     """Packed windows of a corpus, with held-out validation and a position that checkpoints carry.
+
+    It serves any LightningModule and a stock Trainer resumes exactly: `state_dict` and `load_state_dict` are the
+    hooks that Lightning calls, and the training loader carries the same state for loops that use it alone.
+
+    A training batch holds tokens, targets, documents (B, T), n_bytes, domain and sample (B,); see `Rows.batch`.
 
     Args:
         tokenizer: "bpe" (byte-level, trained on the corpus at first use), "bytes", a folder or a hub name.
@@ -66,19 +62,19 @@ class TokenData(LightningDataModule, ABC):
         self.tokenizer_spec, self.vocab_size = tokenizer, vocab_size
         self.batch_size, self.context, self.val_tokens = batch_size, context, val_tokens
         self.num_workers, self.seed = num_workers, seed
-        self._position = _Position()
-        self._windows: dict[str, Windows] = {}
-        self._met = Met()
-        self._news = News()
-        self.repeats_when_cut_off = False
-        """Whether, where a source cannot be reached any more, the last training batch (one of nothing before the
-        first) comes again and again and `cut_off` says why, so that all ranks can stop at one step; otherwise
-        SourceUnavailable is raised."""
-        self.cut_off: str | None = None
-        self.asked_to_stop: Callable[[], bool] = lambda: False
-        """Looked at while a batch is waited for, by who `repeats_when_cut_off`: a hub that is away is a long wait."""
-        self.seconds_waited = 0.0
-        """How long this process has waited for training batches, as its clock counts."""
+        self.met, self.news = Met(), News()
+        """What went wrong in reading: so far on this rank, and since this process was last asked."""
+        self._train_loader: TrainingLoader | None = None
+        self._pending: dict[str, Any] | None = None
+        """A state that the next training loader takes up."""
+        self._taken_up: dict[str, Any] | None = None
+        """What `take_up` was last given."""
+        self._stop_requested: Callable[[], bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked: without trainer and loaders."""
+        left_out = ("trainer", "_train_loader", "_stop_requested")
+        return self.__dict__ | dict.fromkeys(left_out)
 
     # What a corpus provides.
 
@@ -111,12 +107,20 @@ class TokenData(LightningDataModule, ABC):
     def validation_keys(self) -> np.ndarray:
         """Sorted hashes of the validation documents, uint64."""
 
+    def test_windows(self) -> FixedWindows:
+        """All windows to test on: those of validation where the corpus has no test split of its own."""
+        return self.validation_windows()
+
+    def windows_per_epoch(self, windows: Mapping[str, Windows]) -> int | None:
+        """Training windows of one pass; None of streams and mixtures, which have no length that is known."""
+        return None if self.streamed else sum(each.per_epoch or 0 for each in windows.values()) or None
+
     def locate(self, sample: int) -> tuple[int, int]:
         """Sample -> (index into `training_windows`, number of the window there)."""
         return 0, sample
 
     def samples_of_each(self) -> list[int]:
-        """Training samples consumed so far, of each of the `training_windows`."""
+        """Training samples handed out so far, of each of the `training_windows`."""
         return [self.samples]
 
     @abstractmethod
@@ -147,24 +151,32 @@ class TokenData(LightningDataModule, ABC):
         )
 
     @property
-    def samples(self) -> int:
-        """Training samples consumed so far over all ranks. Who trains advances it; loaders begin there."""
-        return self._position.samples
+    def train_loader(self) -> TrainingLoader | None:
+        """The newest training loader."""
+        return self._train_loader
 
-    @samples.setter
-    def samples(self, samples: int) -> None:
-        self._position.samples = samples
+    @property
+    def samples(self) -> int:
+        """Training samples handed out so far over all ranks."""
+        if self._pending is not None:
+            return self._pending["samples"]
+        return self._train_loader.samples if self._train_loader is not None else 0
+
+    @property
+    def seconds_waited(self) -> float:
+        """How long this process has waited for batches of the newest training loader."""
+        return self._train_loader.seconds_waited if self._train_loader else 0.0
 
     @property
     def faults(self) -> Counter[str]:
         """kind of fault in reading -> how often this rank met it in preparation and while its batches so far were
         made; damage of the same place in the data counts once, however many loader processes read it."""
-        return self._met.by_kind()
+        return self.met.by_kind()
 
     def faults_of_all_ranks(self) -> Counter[str]:
         """`faults` of all ranks, what several read counted once. With several ranks all of them must call it."""
         together = Met()
-        for met in of_all_ranks(self._met):
+        for met in of_all_ranks(self.met):
             together.add(met)
         return together.by_kind()
 
@@ -175,13 +187,63 @@ class TokenData(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         _ = self.domains
 
-    def train_dataloader(self) -> DataLoader:
-        """An endless loader from `samples` on: micro-batch m of rank r of W holds the samples
-        start + (m*W + r)*B .. + B - 1."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._windows = self.training_windows(self.validation_keys())
-        self._met.add(self._news.take())
-        return self._loader(_TrainingStream(self, self._windows, rank, world))
+    def train_dataloader(self) -> TrainingLoader:
+        """A training loader that starts where the state says that was loaded last, else at the beginning.
+
+        Called again by the Trainer that trains on its loader (`reload_dataloaders_every_n_epochs`), it goes on there.
+        """
+        newest, state = self._train_loader, self._pending
+        if state is None and newest is not None and getattr(self.trainer, "train_dataloader", None) is newest:
+            state = newest.state_dict()
+        loader = self._training_loader(state)
+        trainer = self.trainer
+        if trainer and loader.length is None and trainer.max_epochs not in (None, -1):
+            # An epoch of so many batches has a length for Lightning.
+            limited = isinstance(trainer.limit_train_batches, int) or trainer.overfit_batches > 0
+            if not limited:
+                raise BadInput(
+                    f"trainer.max_epochs={trainer.max_epochs} is not possible: {type(self).__name__} is a stream "
+                    "of unknown length: set trainer.max_steps (max_epochs -1)"
+                )
+        self._train_loader, self._pending = loader, None
+        return loader
+
+    def _training_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
+        trainer = self.trainer
+        loader = TrainingLoader(
+            self,
+            ranks=self._ranks,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            overfit=trainer is not None and trainer.overfit_batches > 0,
+            stop_requested=self._stop_requested,
+            **self._options(),
+        )
+        if state is not None:
+            loader.load_state_dict(state)
+        return loader
+
+    def batches_into_epoch(self) -> int:
+        """How many micro-batches of its present epoch the next training loader counts as handed out.
+
+        Lightning's progress has a count of its own; the two differ where ranks, batch size or accumulation changed.
+        """
+        return self._training_loader(self._pending).batches_into_epoch if self._pending else 0
+
+    def hold_when_cut_off(self, stop_requested: Callable[[], bool]) -> None:
+        """Where a source cannot be reached any more, hold the last training batch instead of raising.
+
+        With several ranks one of them meets the fault first. If it raised, the others would wait for it for ever in
+        their next collective operation. So its loader gives its last batch (one without text before the first) again
+        and again, and `train_loader.cut_off` says why: the training loop asks all ranks once a step, and all stop at
+        the same one. `samples` does not count what is held.
+
+        Args:
+            stop_requested: Polled while waiting for worker processes; True (a signal came) ends the wait in the same
+                way, because a hub that is away is a long wait.
+        """
+        self._stop_requested = stop_requested
+        if self._train_loader is not None:
+            self._train_loader.hold_when_cut_off(stop_requested)
 
     def epochs(self) -> dict[str, float]:
         """How often each of the `training_windows` has been gone through since training began.
@@ -189,267 +251,105 @@ class TokenData(LightningDataModule, ABC):
         Of a stream, whose length nobody knows beforehand, the whole times of the furthest of the lanes that this
         rank has read. Empty before `train_dataloader`.
         """
-        self._position.settle()
+        if self._train_loader is None:
+            return {}
         found = {}
-        for source, (name, windows) in enumerate(self._windows.items()):
+        marks = self._train_loader.marks
+        for source, (name, windows) in enumerate(self._train_loader.windows.items()):
             if windows.per_epoch:
                 found[name] = self.samples_of_each()[source] / windows.per_epoch
             else:
-                marks = [mark for (number, _), mark in self._position.marks.items() if number == source]
-                found[name] = float(max((epoch for _, epoch, *_ in marks), default=0))
+                epochs = [epoch for (number, _), (_, epoch, *_) in marks.items() if number == source]
+                found[name] = float(max(epochs, default=0))
         return found
 
     def val_dataloader(self) -> DataLoader:
-        """All validation windows in a fixed order, the same on every rank."""
-        return self._loader(_ValidationStream(self.validation_windows(), self.batch_size))
+        """All validation windows in a fixed order, batches dealt over the ranks."""
+        return self._evaluation_loader(self.validation_windows())
 
     def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
+        """All test windows in a fixed order, batches dealt over the ranks."""
+        return self._evaluation_loader(self.test_windows())
 
     def predict_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
+        """All validation windows in a fixed order, the same on every rank."""
+        windows = self.validation_windows()
+        return Loader(
+            EvaluationStream(windows, self.batch_size, self.context, ranks=(0, 1)), **self._options()
+        )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take out of a batch what concerns the data alone: where its lanes go on, and faults on the way."""
-        if "marks" in batch:
-            self._position.coming.append((int(batch["sample"].max()), batch.pop("marks")))
-        if "faults" in batch:
-            self._met.add(Met(*batch.pop("faults")))
-        self.cut_off = batch.pop("cut_off", self.cut_off)
-        return batch
+    def _evaluation_loader(self, windows: FixedWindows) -> DataLoader:
+        strategy = self.trainer.strategy if self.trainer else None
+        # The forward pass of a sharded model is a collective operation: all ranks need equally many.
+        sharded = strategy is not None and (
+            not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+            or isinstance(strategy, DeepSpeedStrategy)
+        )
+        # Else a rank may have no batch where there are fewer batches than ranks.
+        self.allow_zero_length_dataloader_with_multiple_devices = not sharded
+        return Loader(
+            EvaluationStream(windows, self.batch_size, self.context, self._ranks, padded=sharded),
+            **self._options(),
+        )
+
+    @property
+    def _ranks(self) -> tuple[int, int] | None:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else None
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            # A loader draws a seed whenever it is iterated. From its own generator: the global one belongs to the
+            # model, and a resumed run must find it where it was.
+            "generator": torch.Generator().manual_seed(self.seed),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position. With several ranks all of them must call it: each knows the lanes that it reads."""
-        state = {
-            "samples": self.samples,
-            "seed": self.seed,
-            "context": self.context,
-            "fingerprint": self.fingerprint,
-        }
+        """The position: a state that no loader has taken up yet, else that of the newest training loader.
+
+        Of streams, every rank must call it: each knows the lanes that it reads.
+        """
+        if self._pending is not None:
+            return self._pending
+        if self._train_loader is not None:
+            return self._train_loader.state_dict()
+        state = {"samples": 0, "epoch": 0, "epoch_start": 0, "batch": 0, "length": 0}
+        state |= {"seed": self.seed, "context": self.context, "fingerprint": self.fingerprint}
         if self.streamed:
-            state |= {"order": self.order_state(), "lanes": self._position.marks_of_all_ranks()}
+            state |= {"order": self.order_state(), "lanes": {}}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the saved position, in the saved order. Warns when the data is not the same."""
-        if "order" in state_dict:
-            self.restore_order(state_dict["order"])
-        if state_dict["fingerprint"] != self.fingerprint:
+        """Take up the saved order now; the next training loader goes on at the saved position."""
+        self.take_up(state_dict)
+        self._pending = state_dict
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Take up the order of a state. Warns where the data is not the same, once for a state."""
+        concerns = {name: state.get(name) for name in ("order", "fingerprint", "context", "seed")}
+        if concerns == self._taken_up:
+            return
+        self._taken_up = concerns
+        if "order" in state:
+            self.restore_order(state["order"])
+        if state["fingerprint"] != self.fingerprint:
             log.warning(
                 "THE DATA HAS CHANGED: the checkpoint was trained on data %s and goes on with data %s; its "
                 "position means other text now, and its validation figures cannot be compared.",
-                state_dict["fingerprint"][:12],
+                state["fingerprint"][:12],
                 self.fingerprint[:12],
             )
-        if state_dict["context"] != self.context:
+        if state["context"] != self.context:
             log.warning(
                 "CONTEXT HAS CHANGED from %d to %d: the text is cut anew and parts of it may come again.",
-                state_dict["context"],
+                state["context"],
                 self.context,
             )
-        if state_dict["seed"] != self.seed:
-            log.warning(
-                "The order of samples keeps the checkpoint's seed %d, not %d.", state_dict["seed"], self.seed
-            )
-        self.seed = state_dict["seed"]
-        self.samples = state_dict["samples"]
-        self._position.restore(state_dict.get("lanes", {}))
+        if state["seed"] != self.seed:
+            log.warning("The order of samples keeps the checkpoint's seed %d, not %d.", state["seed"], self.seed)
+        self.seed = state["seed"]
 
     def nothing(self) -> Batch:
-        """A micro-batch without text, for a rank that cannot even read its first one."""
-        size = self.batch_size
-        return Rows(size, self.context).batch(np.full(size, MIXED), np.arange(size))
-
-    def _loader(self, stream: "IterableDataset[Batch]") -> DataLoader:
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # The loader draws a seed whenever it is iterated. From its own generator: the global one belongs to
-        # the model, and a resumed run must find it where it was.
-        generator = torch.Generator().manual_seed(self.seed)
-        return _Loader(
-            stream,
-            self,
-            batch_size=None,
-            collate_fn=_as_it_is,  # torch's own would look into every batch for arrays to convert
-            num_workers=self.num_workers,
-            worker_init_fn=_end_with_parent,
-            generator=generator,
-            pin_memory=on_gpu,
-            timeout=SECONDS_BETWEEN_LOOKS if self.num_workers else 0,
-        )
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _end_with_parent(worker: int) -> None:
-    """Let a loader process end by its parent's SIGTERM alone.
-
-    One that is sent to all processes of a job asks for a checkpoint after the present step, which may need batches.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class _Loader(DataLoader):
-    def __init__(self, stream: "IterableDataset[Batch]", data: TokenData, **options: Any):
-        super().__init__(stream, **options)
-        self._data = data
-        self._trains = isinstance(stream, _TrainingStream)
-
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch: Batch = {}
-        try:
-            batches = super().__iter__()
-            while True:
-                began = time.perf_counter()
-                batch = self._next(batches)
-                if not batch:
-                    return
-                if self._trains:
-                    self._data.seconds_waited += time.perf_counter() - began
-                yield dict(batch)
-        except SourceUnavailable as error:
-            if not self._repeats:
-                raise
-            batch = batch or self._data.nothing()
-            repeated: dict[str, Any] = {
-                name: value for name, value in batch.items() if name not in ("marks", "faults")
-            }
-            repeated["cut_off"] = str(error)
-            while True:
-                yield dict(repeated)
-
-    @property
-    def _repeats(self) -> bool:
-        return self._data.repeats_when_cut_off and self._trains
-
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        while True:
-            try:
-                return next(batches, {})
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-            if self._repeats and self._data.asked_to_stop():
-                raise SourceUnavailable(
-                    "stopped by a signal while data was waited for: go on with the same command"
-                )
-
-
-Lane = tuple[int, int]
-"""(index of the source, number of the lane)"""
-
-
-@dataclass
-class _Position:
-    """Shared by the data module and its streams, so that a loader iterated later begins where training is."""
-
-    samples: int = 0
-    marks: dict[Lane, Mark] = field(default_factory=dict)
-    """Where each lane was when `samples` were trained, or some time before."""
-    coming: deque[tuple[int, torch.Tensor]] = field(default_factory=deque)
-    """(highest sample, marks int64 (B, 7): source, lane, mark) of batches, until they are trained."""
-
-    def settle(self) -> None:
-        """Take over the marks of the batches that are trained."""
-        while self.coming and self.coming[0][0] < self.samples:
-            for source, lane, *mark in self.coming.popleft()[1].tolist():
-                if source >= 0:
-                    self.marks[source, lane] = tuple(mark)
-
-    def marks_of_all_ranks(self) -> dict[str, list[list[int]]]:
-        """source -> [lane, *mark] of each lane that was read, as plain lists."""
-        self.settle()
-        latest: dict[Lane, Mark] = {}
-        for marks in of_all_ranks(self.marks):
-            for lane, mark in marks.items():
-                latest[lane] = max(mark, latest.get(lane, mark))
-        found: dict[str, list[list[int]]] = {}
-        for (source, lane), mark in sorted(latest.items()):
-            found.setdefault(str(source), []).append([lane, *mark])
-        return found
-
-    def restore(self, saved: Mapping[str, Sequence[Sequence[int]]]) -> None:
-        self.coming.clear()
-        self.marks = {
-            (int(source), lane): (window, epoch, unit, piece, position)
-            for source, rows in saved.items()
-            for lane, window, epoch, unit, piece, position in rows
-        }
-
-
-class _TrainingStream(IterableDataset):
-    """Micro-batches of one rank. Worker k of n yields numbers k, k + n, ...; the loader asks them in turn."""
-
-    def __init__(self, data: TokenData, windows: dict[str, Windows], rank: int, world: int):
-        self.windows, self.rank, self.world = list(windows.values()), rank, world
-        self.position, self.locate = data._position, data.locate
-        self.batch_size, self.context = data.batch_size, data.context
-        self.news = data._news
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.position.settle()
-        start, marks = self.position.samples, self.position.marks
-        readers = [
-            windows.reader({lane: mark for (number, lane), mark in marks.items() if number == source})
-            for source, windows in enumerate(self.windows)
-        ]
-        micro_batch, step = _worker()
-        try:
-            while True:
-                first = start + (micro_batch * self.world + self.rank) * self.batch_size
-                yield self._batch(readers, first)
-                micro_batch += step
-        finally:
-            for reader in readers:
-                reader.close()
-
-    def _batch(self, readers: list[WindowReader], first: int) -> Batch:
-        places = [self.locate(sample) for sample in range(first, first + self.batch_size)]
-        for source, reader in enumerate(readers):
-            reader.prepare([window for number, window in places if number == source])
-        rows = Rows(self.batch_size, self.context)
-        seen = [
-            (source, readers[source].read(rows, row, window)) for row, (source, window) in enumerate(places)
-        ]
-        samples = np.arange(first, first + self.batch_size)
-        batch: dict[str, Any] = rows.batch(np.full(self.batch_size, MIXED), samples)
-        if any(lane is not None for _, lane in seen):
-            nothing = (-1,) * 7
-            marks = [nothing if lane is None else (source, *lane) for source, lane in seen]
-            batch["marks"] = torch.from_numpy(np.array(marks))
-        met = self.news.take()
-        if met.passing or met.damage:
-            batch["faults"] = met.passing, met.damage
-        return batch
-
-
-class _ValidationStream(IterableDataset):
-    def __init__(self, windows: FixedWindows, batch_size: int):
-        self.windows, self.batch_size = windows, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.windows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker, step = _worker()
-        for batch in range(worker, len(self), step):
-            yield self.windows.batch(batch * self.batch_size, self.batch_size)
-
-
-def _worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info is not None else (0, 1)
+        """A micro-batch without targets, for a rank that cannot even read its first one."""
+        return without_text(self.batch_size, self.context)

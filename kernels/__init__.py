@@ -1,4 +1,5 @@
-"""Attention operations, one folder each: `plain.py` (the ground truth) beside the faster backends.
+"""Attention operations, one folder each: `plain.py` (the ground truth) beside the faster backends and `bench.py`, the
+rows of its benchmark (`kernels.bench.operations`).
 
     kernels.rope        rotate                  rotary position embedding
     kernels.contract    contract                (1/R) Σ_r a_r ⊗ RoPE(b_r): Q, K or V from their factors

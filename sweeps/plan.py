@@ -60,14 +60,14 @@ def _ignore_ctrl_c() -> None:
 
 def _cost(arguments: list[str]) -> dict[str, int] | str:
     """Costs of one cell, or the sentence that says why it is impossible. Runs in the pool's process."""
-    from t6_lightning.cli.training import T6CLI, with_config_files
-    from t6_lightning.runs.plan import Plan
+    from t6_lightning.cli.configuration import T6CLI, with_config_files
+    from t6_lightning.runs.fit import plan_of
 
     logging.disable(logging.WARNING)  # Lightning announces every trainer
     command, *options = arguments
     try:
         cli = T6CLI(command, with_config_files(command, options))
-        plan = Plan.of(cli)
+        plan = plan_of(cli.model, cli.datamodule, cli.trainer)
     except BadInput as error:
         return str(error)
     net: Any = cli.model.config

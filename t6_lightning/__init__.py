@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from t6_lightning.model.config import T6Config
     from t6_lightning.model.generate import generate
     from t6_lightning.model.t6 import T6
+    from t6_lightning.runs.fit import fit
     from t6_lightning.training.module import T6Module
 
 __all__ = [
-    "T6", "MFAConfig", "MHAConfig", "MLAConfig", "T6Config", "T6Module", "TPAConfig", "generate", "load",
+    "T6", "MFAConfig", "MHAConfig", "MLAConfig", "T6Config", "T6Module", "TPAConfig", "fit", "generate", "load",
 ]  # fmt: skip
 
 _OFFERED = {
@@ -38,6 +39,7 @@ _OFFERED = {
     "MLAConfig": "model.attention.mla",
     "MFAConfig": "model.attention.mfa",
     "T6Module": "training.module",
+    "fit": "runs.fit",
     "generate": "model.generate",
     "load": "checkpoint.load",
 }

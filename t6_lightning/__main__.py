@@ -15,13 +15,16 @@ from t6_lightning.distributed.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
 COMMANDS = {
-    "fit": ("t6_lightning.cli.training", "train a model (without arguments: the preset `quickstart`)"),
+    "fit": ("t6_lightning.cli.fit", "train a model (without arguments: the preset `quickstart`)"),
     "validate": (
-        "t6_lightning.cli.training",
+        "t6_lightning.cli.validate",
         "loss, perplexity and bits per byte of a checkpoint on its validation data",
     ),
-    "test": ("t6_lightning.cli.training", "as validate, through Lightning's test loop"),
-    "predict": ("t6_lightning.cli.training", "write the loss of every validation token to a file"),
+    "test": (
+        "t6_lightning.cli.validate",
+        "the same figures on the test data, which neither training nor validation saw",
+    ),
+    "predict": ("t6_lightning.cli.predict", "write the loss of every validation token to a file"),
     "generate": ("t6_lightning.cli.generate", "write text from a prompt"),
     "evaluate": (
         "t6_lightning.cli.evaluate",

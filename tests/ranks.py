@@ -73,7 +73,7 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t6_lightning.cli.training", "mlflow.tracking", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["t6_lightning.cli.configuration", "mlflow.tracking", "matplotlib.pyplot"])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "T6_HOME": os.environ["T6_HOME"]}
     shared |= {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
     processes = []

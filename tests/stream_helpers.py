@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from data_helpers import many_texts
 
 from datamodules.base import TokenData
@@ -76,24 +77,40 @@ def pile(files: int = 4, documents: int = 90) -> dict[str, bytes]:
 
 
 def first(data: TokenData, n: int) -> list[dict[str, Any]]:
-    return list(itertools.islice(data.train_dataloader(), n))
+    """The next n batches; the data's position stays where it is."""
+    state = data.state_dict()
+    batches = list(itertools.islice(data.train_dataloader(), n))
+    data.load_state_dict(state)
+    return batches
 
 
 def tokens_of(batches: list[dict[str, Any]]) -> list[list[int]]:
     return torch.cat([batch["tokens"] for batch in batches]).tolist()
 
 
-def consume(data: TokenData, batches: list[dict[str, Any]], world: int = 1) -> None:
-    """What training does with the data module for every batch."""
-    for batch in batches:
-        data.on_before_batch_transfer(dict(batch), 0)
-        data.samples += len(batch["tokens"]) * world
+def consume(data: TokenData, batches: list[dict[str, Any]]) -> None:
+    """Read on over batches, which must be the ones that come next."""
+    if not batches:
+        return
+    samples = data.samples
+    loader = data.train_loader if data.train_loader and not data._pending else data.train_dataloader()
+    for expected, batch in zip(batches, loader, strict=False):
+        assert batch["sample"].tolist() == expected["sample"].tolist()
+        assert torch.equal(batch["tokens"], expected["tokens"])
+        samples += loader.batch
+        assert data.samples == samples
+        if batch["sample"].tolist() == batches[-1]["sample"].tolist():
+            return
 
 
 def as_rank(data: TokenData, rank: int, world: int) -> TokenData:
-    device = SimpleNamespace(type="cpu")
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world, strategy=SimpleNamespace(root_device=device)
+        global_rank=rank,
+        world_size=world,
+        strategy=DDPStrategy([torch.device("cpu")]) if world > 1 else SingleDeviceStrategy(),
+        accumulate_grad_batches=1,
+        overfit_batches=0,
+        max_epochs=-1,
     )
     return data
 

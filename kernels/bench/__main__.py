@@ -3,10 +3,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from kernels.bench import files
+from kernels.bench import files, operations
+from kernels.bench.operations import Operation
 
 DESCRIPTION = "Times one operation of the kernels beside other ways to compute it, on random numbers."
 EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over this row's: above 1 is faster.
@@ -14,36 +17,6 @@ EPILOG = """Sizes left out fit the device. 'ratio' is the first row's time over 
 same run."""
 
 SECONDS = 1  # a row, unless --seconds says otherwise
-
-# operation -> (what it compares, {size option: help}); the defaults stand in kernels/bench/cases.py.
-BATCH = {"batch": "sequences"}
-HEADS = {"heads": "attention heads", "head-dim": "features per head"}
-OPERATIONS: dict[str, tuple[str, dict[str, str]]] = {
-    "decode": (
-        "TPA attention over a cache of factors, and MHA over a full cache",
-        {**BATCH, "context": "cached tokens", "queries": "new tokens", **HEADS, "rank": "rank of K and of V"},
-    ),
-    "contract": (
-        "queries, keys or values from their factors, RoPE included",
-        {**BATCH, "context": "tokens per sequence", **HEADS, "rank": "rank"},
-    ),
-    "attention": (
-        "causal attention over full keys and values",
-        {**BATCH, "context": "tokens per sequence", **HEADS, "kv-heads": "heads of keys and values"},
-    ),
-    "linear": (
-        "a linear layer of a few rows, alone and with what stands around it in decoding",
-        {"batch": "rows", "inputs": "features of a row", "outputs": "features of the result"},
-    ),
-    "swiglu": (
-        "SwiGLU of gate and up side by side, in training",
-        {**BATCH, "context": "tokens per sequence", "hidden": "hidden size of the FFN"},
-    ),
-    "loss": (
-        "linear layer and cross-entropy",
-        {**BATCH, "context": "tokens per sequence", "d-model": "hidden size", "vocabulary": "classes"},
-    ),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,31 +41,24 @@ def seconds(text: str) -> float:
     return value
 
 
-def build_parser() -> Parser:
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def build_parser(found: Mapping[str, Operation]) -> Parser:
     parser = Parser(prog="python -m kernels.bench", description=DESCRIPTION)
-    operations = parser.add_subparsers(dest="operation", required=True, metavar="|".join(OPERATIONS))
-    for name, (what, sizes) in OPERATIONS.items():
-        sub = operations.add_parser(name, help=what, description=f"Times {what}.", epilog=EPILOG)
-        for option, text in sizes.items():
-            sub.add_argument(f"--{option}", type=positive, metavar="N", help=text)
-        if name == "decode":
-            sub.add_argument(
-                "--table",
-                action="store_true",
-                help="the Triton kernel over heads, ranks, lengths and layouts beside SDPA (needs a GPU)",
-            )
-            sub.add_argument(
-                "--launches",
-                action="store_true",
-                help="all launches of the Triton kernel beside the one that it takes (needs a GPU)",
-            )
-            sub.add_argument(
-                "--reference",
-                type=Path,
-                metavar="DIR",
-                help="a clone of the paper's public code, whose kernel is timed too (needs a GPU)",
-            )
-        else:
+    subparsers = parser.add_subparsers(dest="operation", required=True, metavar="|".join(found))
+    for name, operation in found.items():
+        sub = subparsers.add_parser(
+            name, help=operation.what, description=f"Times {operation.what}.", epilog=EPILOG
+        )
+        for option, text in operation.options.items():
+            sub.add_argument(flag(option), type=positive, metavar="N", help=text)
+        for option, long_run in operation.long_runs.items():
+            sub.add_argument(flag(option), action="store_true", help=long_run.help)
+        for option, text in operation.folders.items():
+            sub.add_argument(flag(option), type=Path, metavar="DIR", help=text)
+        if operation.has_paper_sizes:
             sub.add_argument(
                 "--paper",
                 action="store_true",
@@ -117,100 +83,120 @@ def build_parser() -> Parser:
     return parser
 
 
-def one_plan(operation: str, given: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict, str]:
+def one_plan(
+    name: str, operation: Operation, given: Mapping[str, int | None], arguments: argparse.Namespace
+) -> tuple[dict, str]:
     """The backends of one operation at one size. Raises ValueError, in one sentence, for what cannot run."""
-    from kernels.bench import cases, memory, report
+    from kernels.bench import memory, plan, report
 
+    folders = {option: getattr(arguments, option) for option in operation.folders}
     try:
-        plan = cases.plan(
-            operation,
-            given,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            reference=getattr(arguments, "reference", None),
-        )
-        result = report.run(plan, seconds=SECONDS if arguments.seconds is None else arguments.seconds)
+        planned = plan.plan(name, given, device=arguments.device, dtype=arguments.dtype, folders=folders)
+        result = report.run(planned, seconds=SECONDS if arguments.seconds is None else arguments.seconds)
     except memory.ERRORS as error:
         if not memory.no_room(error):
             raise
-        sizes = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in given.items() if size)
-        said = f"--paper ({sizes})" if getattr(arguments, "paper", False) else sizes or operation
-        raise ValueError(f"{said}: there is no memory for these sizes here") from error
+        sizes = " ".join(f"{flag(size)} {value}" for size, value in given.items() if value)
+        what = f"--paper ({sizes})" if getattr(arguments, "paper", False) else sizes or name
+        raise ValueError(f"{what}: there is no memory for these sizes here") from error
     return result, report.table(result)
 
 
-def paper_sizes(operation: str, sizes: list[str], arguments: argparse.Namespace) -> tuple[dict, str]:
+def paper_sizes(
+    name: str, operation: Operation, sizes: Sequence[str], arguments: argparse.Namespace
+) -> tuple[dict, str]:
     """One operation at the paper's sizes. Raises ValueError, in one sentence, for what cannot run."""
     if sizes:
-        raise ValueError(f"--paper has its own sizes: leave out --{sizes[0].replace('_', '-')}")
-    from kernels.bench.cases import PAPER_SIZES
-
+        raise ValueError(f"--paper has its own sizes: leave out {flag(sizes[0])}")
+    bench = import_module(f"kernels.{name}.bench")
     # One after the other, so that the inputs of one are in memory.
-    found = [one_plan(operation, given, arguments) for given in PAPER_SIZES[operation]]
+    found = [one_plan(name, operation, given, arguments) for given in bench.PAPER_SIZES]
     tables = "\n\n".join(table for _, table in found)
-    return {"operation": operation, "cases": [result for result, _ in found]}, tables
+    return {"operation": name, "cases": [result for result, _ in found]}, tables
 
 
-def decode_table(sizes: list[str], arguments: argparse.Namespace) -> tuple[dict, str]:
-    """The decode kernel over a table of cases or launches. Raises ValueError, in one sentence, for what cannot run."""
-    option = "--launches" if arguments.launches else "--table"
-    named = [*sizes, *(name for name in ("dtype", "seconds") if getattr(arguments, name) is not None)]
-    if arguments.launches:
-        named += [name for name in ("table", "reference") if getattr(arguments, name)]
+def long_run(
+    name: str,
+    operation: Operation,
+    chosen: str,
+    sizes: Sequence[str],
+    arguments: argparse.Namespace,
+    save: Callable[[dict], None],
+) -> tuple[dict, str]:
+    """The run of `kernels/<name>/bench_<chosen>.py`. Raises ValueError, in one sentence, for what cannot run."""
+    taken = operation.long_runs[chosen].folders
+    left_out = [
+        other for other in (*operation.long_runs, *operation.folders) if other not in (chosen, *taken)
+    ]
+    named = [*sizes, *(option for option in ("dtype", "seconds") if getattr(arguments, option) is not None)]
+    named += [option for option in left_out if getattr(arguments, option)]
     if named:
         raise ValueError(
-            f"{option} has its own sizes, dtype and repetitions: leave out --{named[0].replace('_', '-')}"
+            f"{flag(chosen)} has its own sizes, dtype and repetitions: leave out {flag(named[0])}"
         )
     import torch
 
     from kernels.place import TRITON_IS_INSTALLED
 
     if arguments.device == "cpu" or not torch.cuda.is_available() or not TRITON_IS_INSTALLED:
-        raise ValueError(f"{option} times the Triton kernel: it needs a CUDA device and the package triton")
-    from kernels.bench import decode_launches, decode_table
-    from kernels.bench.others import Reference
+        raise ValueError(
+            f"{flag(chosen)} times the Triton kernel: it needs a CUDA device and the package triton"
+        )
+    bench = import_module(f"kernels.{name}.bench_{chosen}")
+    folders = {option: getattr(arguments, option) for option in taken}
+    result = bench.run(torch.device("cuda"), save=save, **folders)
+    return result, bench.table(result)
 
-    if arguments.launches:
-        result = decode_launches.run(torch.device("cuda"))
-        return result, decode_launches.table(result)
-    folder = arguments.reference
-    result = decode_table.run(torch.device("cuda"), reference=Reference(folder) if folder else None)
-    return result, decode_table.table(result)
+
+def as_json(result: dict) -> str:
+    return json.dumps(result, indent=2) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
+    found = operations.find()
+    parser = build_parser(found)
     arguments = parser.parse_args(argv)
-    why_not = None if arguments.json in (None, "-") else files.why_not_writable(arguments.json)
+    file = None if arguments.json == "-" else arguments.json
+    why_not = None if file is None else files.why_not_writable(file)
     if why_not:
-        parser.error(f"--json {arguments.json!r}: {why_not}")
+        parser.error(f"--json {file!r}: {why_not}")
 
-    given = {
-        option.replace("-", "_"): getattr(arguments, option.replace("-", "_"))
-        for option in OPERATIONS[arguments.operation][1]
-    }
+    def write(result: dict) -> None:
+        if file is not None:
+            try:
+                files.write(file, as_json(result))
+            except ValueError as error:
+                raise ValueError(f"--json {error}") from error
+
+    saved = False
+
+    def save(result: dict) -> None:
+        nonlocal saved
+        if file is not None and files.is_regular(file):  # a pipe takes one document, at the end
+            write(result)
+            saved = True
+
+    name, operation = arguments.operation, found[arguments.operation]
+    given: dict[str, int | None] = {option: getattr(arguments, option) for option in operation.options}
     try:
-        named = [name for name, size in given.items() if size]
-        if getattr(arguments, "table", False) or getattr(arguments, "launches", False):
-            result, table = decode_table(named, arguments)
+        named = [size for size, value in given.items() if value]
+        chosen = next((run for run in operation.long_runs if getattr(arguments, run)), None)
+        if chosen is not None:
+            result, table = long_run(name, operation, chosen, named, arguments, save)
         elif getattr(arguments, "paper", False):
-            result, table = paper_sizes(arguments.operation, named, arguments)
+            result, table = paper_sizes(name, operation, named, arguments)
         else:
-            result, table = one_plan(arguments.operation, given, arguments)
+            result, table = one_plan(name, operation, given, arguments)
+        if arguments.json == "-":
+            print(as_json(result), end="")
+            return 0
+        print(table)
+        write(result)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
-
-    if arguments.json == "-":
-        print(json.dumps(result, indent=2))
-        return 0
-    print(table)
-    if arguments.json:
-        try:
-            files.write(arguments.json, json.dumps(result, indent=2) + "\n")
-        except ValueError as error:
-            parser.error(f"--json {error}")
+        kept = f"; the finished rows are in {file}" if saved else ""
+        parser.exit(130, f"{parser.prog}: interrupted{kept}\n")
     return 0
 
 

@@ -10,6 +10,12 @@ def target(file: str) -> Path:
     return path if path.exists() and not path.is_file() else Path(os.path.realpath(path))
 
 
+def is_regular(file: str) -> bool:
+    """Whether `file` is a file, or nothing yet: what goes into a pipe or a terminal cannot be replaced later."""
+    path = target(file)
+    return path.is_file() or not path.exists()
+
+
 def why_not_writable(file: str) -> str | None:
     """One sentence, or None where `file` can be written."""
     if not file:

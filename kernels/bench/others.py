@@ -6,11 +6,14 @@ Shapes: B batch, M cached tokens, H heads, G KV heads, D head dimension, R rank 
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,6 +24,8 @@ Call = Callable[[], torch.Tensor]
 REFERENCE_FILES = ("decode/flashtpa_decode_triton.py", "decode/flashtpa_decode_triton_multi_kvrank.py")
 # Rank of Q: the public kernel's own example. Below 16 its matrix products do not compile on every version of Triton.
 REFERENCE_RANK_Q = 16
+# Its autotuner compiles and times its settings again for every size: seconds that one size may take.
+REFERENCE_TUNING_SECONDS = 10
 
 FLASHINFER_IS_INSTALLED = find_spec("flashinfer") is not None
 WORKSPACE_BYTES = 2**27
@@ -39,9 +44,14 @@ class Reference:
         check_reference(folder)
         with _xopes():
             self._single, self._several = (_load(folder / name) for name in REFERENCE_FILES)
+        self.tuning = TuningLimit([self._single, self._several], REFERENCE_TUNING_SECONDS)
 
     def call(self, B: int, M: int, H: int, D: int, R: int, device: torch.device) -> Call:
-        """One query token over random factors in the layout that the public kernel takes, bf16."""
+        """One query token over random factors in the layout that the public kernel takes, bf16.
+
+        The kernel is tuned when it first runs at a size, for as long as `tuning` lets it.
+        """
+        self.tuning.begin()
 
         def factor(*shape: int) -> torch.Tensor:
             return torch.randn(B, *shape, device=device, dtype=torch.bfloat16)
@@ -53,6 +63,45 @@ class Reference:
             run, a, b = self._several.tpa_decode_parallel_bn_triton, (M, H, R), (M, D, R)
         ak, av, bk, bv = factor(*a), factor(*a), factor(*b), factor(*b)
         return lambda: run(aq, ak, av, bq, bk, bv)
+
+
+class TuningLimit:
+    """Ends the autotuning of Triton kernels after some seconds of it: the fastest setting by then is taken.
+
+    Every kernel times at least one setting that runs, and first the one that was the fastest at the size before.
+    """
+
+    def __init__(self, modules: Sequence[ModuleType], seconds: float) -> None:
+        from triton.runtime import Autotuner
+
+        self.limit = seconds
+        self.tuners = [
+            value for module in modules for value in vars(module).values() if isinstance(value, Autotuner)
+        ]
+        for tuner in self.tuners:
+            # Triton has no option for this; every setting goes through this method, and inf is one that cannot run.
+            vars(tuner)["_bench"] = partial(self._bench, tuner, tuner._bench)
+        self.begin()
+
+    def begin(self) -> None:
+        """From here on it is about another size."""
+        self.spent = 0.0
+        self.left_out = 0
+        self._timed: set[int] = set()
+        for tuner in self.tuners:
+            best = getattr(tuner, "best_config", None)
+            tuner.configs.sort(key=lambda config, best=best: config is not best)
+
+    def _bench(self, tuner: object, bench: Callable[..., Any], *args: Any, **options: Any) -> list[float]:
+        if self.spent >= self.limit and id(tuner) in self._timed:
+            self.left_out += 1
+            return [float("inf")] * 3
+        began = time.monotonic()
+        times = bench(*args, **options)
+        self.spent += time.monotonic() - began
+        if times[0] < float("inf"):
+            self._timed.add(id(tuner))
+        return times
 
 
 def check_reference(folder: Path) -> None:

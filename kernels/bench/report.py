@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench.cases import Plan, Row
+from kernels.bench.plan import Plan, Row
 from kernels.bench.timing import copy_bandwidth, median, quantile, time_in_turn
 
 

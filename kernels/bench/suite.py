@@ -2,8 +2,8 @@
 
 python -m kernels.bench.suite FOLDER [--only PART ...] [--limit SECONDS] [--reference DIR]
 
-Each part is a command of its own, the results of one file each in FOLDER: a part that fails or takes too long leaves
-the others alone, and what lies there already is kept until its part has run again.
+Each part is a command of its own with a result file of its own in FOLDER. A part that fails or takes too long leaves
+the other parts and its own older result as they are; the rows that it has finished are in name.json.partial.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kernels.bench import targets
+from kernels.bench import operations, targets
 from kernels.bench.__main__ import Parser, seconds
 
 PYTHON = sys.executable
@@ -55,7 +55,8 @@ def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
         named["decode"] += ["--reference", str(reference)]
     return named | {
         name: [*BENCH, name, "--paper", *json(name)]
-        for name in ("linear", "contract", "attention", "swiglu", "loss")
+        for name, operation in operations.find().items()
+        if operation.has_paper_sizes
     }
 
 
@@ -70,7 +71,8 @@ def run(commands: Mapping[str, Sequence[str]], folder: Path, limit: float) -> di
         began = time.monotonic()
         print(f"{name}: {' '.join(command)}", flush=True)
         fresh = [folder / f"{name}{end}.new" for end in (".json", "-profile.txt")]
-        _remove(fresh)
+        partial = folder / f"{name}.json.partial"
+        _remove([*fresh, partial])
         with open(folder / f"{name}.txt", "wb") as said:
             try:
                 code = subprocess.run(
@@ -83,6 +85,8 @@ def run(commands: Mapping[str, Sequence[str]], folder: Path, limit: float) -> di
             except subprocess.TimeoutExpired:
                 ended[name] = f"stopped after {limit:.0f} s, see {said.name}"
             finally:
+                if fresh[0].is_file():
+                    fresh[0].replace(partial)
                 _remove(fresh)
         print(f"{name}: {ended[name]} ({time.monotonic() - began:.0f} s)", flush=True)
     return ended

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from t6_lightning.checkpoint import shards as checkpoint_shards
-from t6_lightning.common.errors import BadInput
+from t6_lightning.common.errors import BadInput, first_line
 from t6_lightning.distributed import ranks
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def _write_and_sync(file: Path, write: Callable[[Any], object]) -> str:
         return hashed.hash.hexdigest()
 
 
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, file or folder, if there is one. Raises OSError."""
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, file or folder, and its checksum, if there is one. Raises OSError."""
     if checkpoint.is_dir():
         shutil.rmtree(checkpoint)
     for file in (checkpoint, _checksum_file(checkpoint)):
@@ -86,7 +86,7 @@ def save(state: dict[str, Any], checkpoint: Path) -> None:
         digest = _write_and_sync(temporary, lambda stream: torch.save(state, stream))
         _write_and_sync(temporary_sum, lambda stream: stream.write(f"{digest}  {checkpoint.name}\n".encode()))
         if checkpoint.is_dir():
-            _remove(checkpoint)
+            remove(checkpoint)
         temporary_sum.replace(_checksum_file(checkpoint))
         temporary.replace(checkpoint)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
@@ -135,13 +135,19 @@ def save_shards(
     if rank == 0:
         try:
             if all_written:
-                _remove(checkpoint)
+                remove(checkpoint)
                 temporary.rename(checkpoint)
         except OSError as error:
             failure = _not_written(checkpoint, error)
         shutil.rmtree(temporary, ignore_errors=True)
     if ranks.largest(float(failure is not None)):
         raise failure or CheckpointError(f"checkpoint {checkpoint} could not be written by another rank")
+
+
+def add_checksum(checkpoint: Path) -> None:
+    """Write the SHA-256 of a file that another writer has made, so that `is_whole` can tell."""
+    text = f"{_sha256(checkpoint)}  {checkpoint.name}\n".encode()
+    _write_and_sync(_checksum_file(checkpoint), lambda stream: stream.write(text))
 
 
 _verified: set[tuple[str, int, int, int]] = set()
@@ -211,15 +217,15 @@ def prune(folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
                 file.unlink(missing_ok=True)
 
 
-def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, file or folder of shards, onto the CPU; plain data only (never unpickling code).
+def read(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
+    """Read what `save` or any `torch.save` wrote onto the CPU; plain data only (never unpickling code).
 
     Args:
-        checkpoint: where it is.
+        checkpoint: a file, or a folder of shards.
         whole: put the shards of a folder together; else they are `checkpoint_shards.Pieces`.
 
     Raises:
-        BadInput: it is damaged, or no checkpoint of this program.
+        BadInput: it is damaged, or no file of torch's.
     """
     is_folder = checkpoint.is_dir()
     if is_folder and not checkpoint_shards.files_of(checkpoint):
@@ -230,12 +236,19 @@ def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: it is no file that torch.save wrote")
     try:
         if is_folder:
-            state = checkpoint_shards.load(checkpoint, whole)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            return checkpoint_shards.load(checkpoint, whole)
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, pickle and torch errors all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {reason}") from error
+        raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {first_line(error)}") from error
+
+
+def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of a T6Module; see `read`.
+
+    Raises:
+        BadInput: it is damaged, or no checkpoint of this program.
+    """
+    state = read(checkpoint, whole)
     if (
         not isinstance(state, dict)
         or "state_dict" not in state

@@ -12,7 +12,7 @@ from t6_lightning.common.errors import BadInput, require
 from t6_lightning.distributed import launch
 
 DEFAULTS = {
-    "max_epochs": -1,  # the stream is endless: steps end a run
+    "max_epochs": -1,  # steps end a run, unless said otherwise
     "max_steps": 1000,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
@@ -20,24 +20,19 @@ DEFAULTS = {
     "use_distributed_sampler": False,  # the data deals itself out to ranks
 }
 
-_STEPS = "trainer.max_steps alone ends a run"
+_WHOLE_EPOCHS = "tokens per step and exact resumption need whole epochs; a Trainer of your own takes it"
 _VALIDATION = "data.val_tokens says on how much is validated"
 INSTEAD = {
     "accumulate_grad_batches": "cadence.tokens_per_step decides it",
     "val_check_interval": "cadence.validate_every_tokens decides it",
     "check_val_every_n_epoch": "cadence.validate_every_tokens decides it",
     "log_every_n_steps": "cadence.log_every_steps decides it",
-    "max_epochs": _STEPS,
-    "min_epochs": _STEPS,
-    "min_steps": _STEPS,
-    "max_time": f"{_STEPS}; one that gets SIGTERM, as by `timeout`, leaves a checkpoint to go on from",
-    "limit_train_batches": _STEPS,
-    "overfit_batches": _STEPS,
+    "limit_train_batches": _WHOLE_EPOCHS,
+    "overfit_batches": _WHOLE_EPOCHS,
     "fast_dev_run": "--trainer.max_steps 2 makes a short run, --dry_run none",
     "limit_val_batches": _VALIDATION,
     "limit_test_batches": _VALIDATION,
     "limit_predict_batches": _VALIDATION,
-    "num_sanity_val_steps": "nothing is validated before the first step",
     "reload_dataloaders_every_n_epochs": "one loader serves the whole run",
     "use_distributed_sampler": "the data deals itself out to ranks",
     "enable_checkpointing": "checkpoints.* decide it",
@@ -57,7 +52,16 @@ def check(trainer: Any, seed: Any) -> None:
     usual = {name: value.default for name, value in inspect.signature(Trainer).parameters.items()} | DEFAULTS
     for name, instead in INSTEAD.items():
         require(trainer[name] == usual[name], f"trainer.{name}", trainer[name], f"leave it out, as {instead}")
-    require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, "it must be at least 1")
+    by_epochs = trainer.max_epochs is not None and trainer.max_epochs >= 1
+    require(
+        by_epochs or trainer.max_epochs == -1,
+        "trainer.max_epochs",
+        trainer.max_epochs,
+        "it must be at least 1, or -1 where trainer.max_steps alone ends the run",
+    )
+    ends = trainer.max_steps >= 1 or (trainer.max_steps == -1 and by_epochs)
+    or_epochs = ", or -1 beside trainer.max_epochs"
+    require(ends, "trainer.max_steps", trainer.max_steps, f"it must be at least 1{or_epochs}")
     clip = trainer.gradient_clip_val
     require(
         clip is None or clip > 0,

@@ -24,6 +24,10 @@ class SourceUnavailable(BadInput):
     """The hub gave no data for the stated time. Nothing is lost: the same command goes on from a checkpoint."""
 
 
+class WorkerDied(RuntimeError):
+    """A loader's worker process was killed or ended by itself. The message is one sentence for the user."""
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise `BadInput` naming the field, its value and what is allowed, unless the condition holds."""
     if not condition:

@@ -26,6 +26,14 @@ def model_presets() -> list[str]:
     return [name for name in preset_names() if not name.startswith("data/")]
 
 
+def preset_label(file: Path) -> str:
+    """A preset's name, or the name of a file that is none."""
+    try:
+        return file.absolute().relative_to(FOLDER).with_suffix("").as_posix()
+    except ValueError:
+        return file.stem
+
+
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = (

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,43 @@ from t6_lightning.checkpoint.files import newest_verified
 from t6_lightning.common.errors import BadInput, require
 from t6_lightning.common.files import write_atomically
 from t6_lightning.common.home import t6_home
+from t6_lightning.distributed import ranks
 
 
 class RunFolder:
-    """One run's folder; nothing is created until `create`."""
+    """One run's folder; nothing is created until `create`.
 
-    def __init__(self, name: str) -> None:
-        require(
-            bool(re.fullmatch(r"[\w.+-]+", name)) and name.strip(".") != "",
-            "--run",
-            name,
-            "a run's name is letters, digits and . _ + -",
-        )
-        self.name = name
-        self.path = t6_home() / "runs" / name
-        self.config_file = self.path / "config.yaml"
-        self.checkpoints = self.path / "checkpoints"
-        self.summary_file = self.path / "summary.json"
+    Args:
+        name: letters, digits and . _ + -; or what chooses a name when it is first asked for. With several ranks all
+            of them must ask first at the same time: rank 0 chooses.
+    """
+
+    def __init__(self, name: str | Callable[[], str]) -> None:
+        self._choose = name
+        if isinstance(name, str):
+            _check_name(name)
+
+    @cached_property
+    def name(self) -> str:
+        if isinstance(self._choose, str):
+            return self._choose
+        return _check_name(ranks.first(self._choose))
+
+    @property
+    def path(self) -> Path:
+        return t6_home() / "runs" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
 
     def create(self, config_yaml: str) -> None:
         """Make the folder and write the resolved configuration."""
@@ -80,6 +101,12 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint whose checksum is right, or None."""
         return newest_verified(self.checkpoints)
+
+
+def _check_name(name: str) -> str:
+    allowed = "a run's name is letters, digits and . _ + -"
+    require(bool(re.fullmatch(r"[\w.+-]+", name)) and name.strip(".") != "", "--run", name, allowed)
+    return name
 
 
 def new_run_name(prefix: str) -> str:

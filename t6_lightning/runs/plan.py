@@ -7,15 +7,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
-
-if TYPE_CHECKING:
-    from t6_lightning.cli.training import T6CLI
+from t6_lightning.model.config import T6Config
 
 BYTES_PER_PARAMETER = 12  # float32 weight and AdamW's two moments: what a checkpoint holds
 
@@ -41,15 +38,9 @@ class Plan:
     disk_bytes: int
 
     @classmethod
-    def of(cls, cli: T6CLI) -> Plan:
-        net, data = cli.model.config, cli.datamodule
-        micro_batches = cli.cadence.resolve(data.batch_size, data.context, cli.trainer.world_size)
-        tokens_per_step = cli.cadence.tokens_per_step
-        assert tokens_per_step is not None
-        # Said in the run's configuration, it stays the same on another number of ranks.
-        cli.config.cadence.tokens_per_step = tokens_per_step
+    def of(cls, net: T6Config, steps: int, tokens_per_step: int, micro_batches: int, keep: int) -> Plan:
+        """The costs of training `net` for `steps` steps, keeping `keep` checkpoints."""
         parameters = net.n_parameters()
-        steps = cli.trainer.max_steps
         return cls(
             n_parameters=parameters,
             steps=steps,
@@ -57,7 +48,7 @@ class Plan:
             micro_batches=micro_batches,
             flops=net.training_flops() * steps * tokens_per_step,
             state_bytes=parameters * (BYTES_PER_PARAMETER + 4),
-            disk_bytes=parameters * BYTES_PER_PARAMETER * (cli.checkpoints.keep + 1),
+            disk_bytes=disk_bytes(parameters, keep),
         )
 
     @property
@@ -76,23 +67,29 @@ class Plan:
             f"({self.micro_batches} micro-batches each), checkpoints need up to {self.disk_bytes / 1e6:,.0f} MB of disk"
         )
 
-    def check_disk(self) -> None:
-        """Refuse a run whose checkpoints cannot fit.
 
-        Raises:
-            BadInput: T6_HOME cannot be written to, or less disk is free than the kept checkpoints take.
-        """
-        folder: Path = t6_home()
-        while not folder.exists():
-            folder = folder.parent
-        if not os.access(folder, os.W_OK):
-            raise BadInput(f"T6_HOME={str(t6_home())!r} is not possible: {folder} cannot be written to")
-        free = shutil.disk_usage(folder).free
-        if free < self.disk_bytes:
-            raise BadInput(
-                f"checkpoints need {_in_words(self.disk_bytes)} and {t6_home()} has {_in_words(free)} free: "
-                "make room, set T6_HOME elsewhere, or lower checkpoints.keep"
-            )
+def disk_bytes(n_parameters: int, keep: int) -> int:
+    """Bytes of checkpoints at their most: `keep` of them, and the one being written."""
+    return n_parameters * BYTES_PER_PARAMETER * (keep + 1)
+
+
+def check_disk(n_bytes: int) -> None:
+    """Refuse a run whose checkpoints, of `n_bytes` in all, cannot fit.
+
+    Raises:
+        BadInput: T6_HOME cannot be written to, or less disk is free.
+    """
+    folder: Path = t6_home()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"T6_HOME={str(t6_home())!r} is not possible: {folder} cannot be written to")
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise BadInput(
+            f"checkpoints need {_in_words(n_bytes)} and {t6_home()} has {_in_words(free)} free: "
+            "make room, set T6_HOME elsewhere, or lower checkpoints.keep"
+        )
 
 
 def _in_words(n_bytes: int) -> str:

@@ -5,36 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from datamodules.base import TokenData
-from t6_lightning import presets
 from t6_lightning.common.console import console, python
 from t6_lightning.common.files import write_atomically
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.generate import generate
 from t6_lightning.model.t6 import T6
 from t6_lightning.runs.folder import RunFolder
+from t6_lightning.runs.plan import Plan
+from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.progress import duration
-
-if TYPE_CHECKING:
-    from t6_lightning.cli.training import T6CLI
-    from t6_lightning.runs.plan import Plan
 
 PROMPT_TOKENS = 32
 SAMPLE_SEED = 0
-
-
-def preset_label(file: Path) -> str:
-    """A preset's name, or the name of a file that is none."""
-    try:
-        return file.absolute().relative_to(presets.FOLDER).with_suffix("").as_posix()
-    except ValueError:
-        return file.stem
 
 
 def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
@@ -44,15 +34,45 @@ def write_data_summary(data: TokenData, folder: RunFolder) -> Path:
     return file
 
 
-def finish(cli: T6CLI, folder: RunFolder, trained: T6, faults: Mapping[str, int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ended:
+    """What a run trained.
+
+    Attributes:
+        step: optimizer steps.
+        tokens: training tokens.
+        seconds: since the command began.
+        faults: kind -> how often it was met in reading, on all ranks.
+        half: generation measures in bfloat16, as training computed.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    faults: Mapping[str, int]
+    half: bool
+
+
+def finish(
+    ended: Ended,
+    trained: T6,
+    figures: Mapping[str, float],
+    data: TokenData,
+    folder: RunFolder,
+    tracking: MLflowTracking | None,
+) -> dict[str, Any]:
     """Measure what is measured once, log it with the artifacts, and write summary.json. Rank 0 alone calls it.
 
     Args:
-        faults: kind -> how often it was met in reading, on all ranks.
+        ended: what was trained.
+        trained: the model.
+        figures: `val/*` of the last validation.
+        data: what it was trained on.
+        folder: where the files go.
+        tracking: where figures and files are logged too, if anywhere.
     """
-    net = cli.model.config
-    figures = cli.model.figures
-    cache, text, speed = sample_text(trained, cli.datamodule, cli.trainer.precision == "bf16-mixed")
+    net = trained.config
+    cache, text, speed = sample_text(trained, data, ended.half)
     element_bytes = next(iter(cache.tensors.values())).element_size()
     logical_bytes = cache.logical_bytes / len(cache.lengths)
     mha_elements = net.n_layers * 2 * net.d_model
@@ -66,30 +86,35 @@ def finish(cli: T6CLI, folder: RunFolder, trained: T6, faults: Mapping[str, int]
         "decode/tokens_per_second": speed,
         "n_parameters": sum(p.numel() for p in trained.parameters()),
     }
-    step = cli.trainer.max_steps
-    cli.tracking.log_metrics(once, step=step)
     sample_file = folder.path / "sample.txt"
     write_atomically(sample_file, text)
-    for file in (sample_file, plot_losses(cli, folder)):
-        cli.tracking.log_artifact(file)
-    data = cli.datamodule.summary()
-    references = {name: data[name] for name in REFERENCES if data.get(name) is not None}
-    validations = cli.tracking.history("val/bits_per_byte")
-    summary = figures | once | references | {
+    validations: list[tuple[int, float]] = []
+    if tracking is not None:
+        tracking.log_metrics(once, step=ended.step)
+        histories = {name: tracking.history(name) for name in CURVES}
+        validations = tracking.history("val/bits_per_byte")
+        title = f"{folder.name}: {net.attention.mechanism}, {net.n_parameters() / 1e6:.2f} M parameters"
+        plot = plot_losses(histories, ended.tokens / max(ended.step, 1), title, folder.path / "loss.png")
+        for file in (sample_file, plot):
+            tracking.log_artifact(file)
+    summary_of_data = data.summary()
+    references = {name: summary_of_data[name] for name in REFERENCES if summary_of_data.get(name) is not None}
+    summary = dict(figures) | once | references | {
         "val/bits_per_byte_before": validations[-2][1] if len(validations) > 1 else None,
         "kv_cache/dtype": str(next(iter(cache.tensors.values())).dtype).removeprefix("torch."),
         "kv_cache/mha_bytes_per_token": mha_elements * element_bytes,
-        "data/tokens": step * (cli.cadence.tokens_per_step or 0),
-        "data/fingerprint": cli.datamodule.fingerprint,
-        "data/faults": dict(faults),
+        "data/tokens": ended.tokens,
+        "data/fingerprint": data.fingerprint,
+        "data/faults": dict(ended.faults),
         "mechanism": net.attention.mechanism,
-        "step": step,
-        "seconds": round(time.monotonic() - cli.started, 1),
+        "step": ended.step,
+        "seconds": round(ended.seconds, 1),
         "checkpoint": str(folder.last_checkpoint()),
-        "mlflow_run_id": cli.tracking.version,
+        "mlflow_run_id": tracking.version if tracking is not None else None,
     }  # fmt: skip
     write_atomically(folder.summary_file, json.dumps(summary, indent=2) + "\n")
-    cli.tracking.log_artifact(folder.summary_file)
+    if tracking is not None:
+        tracking.log_artifact(folder.summary_file)
     return summary
 
 
@@ -112,10 +137,12 @@ def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, flo
         the cache that generation used, the text, and the decoded tokens per second.
     """
     net, device = net.eval(), net.embedding.weight.device
+    windows = data.validation_windows()
     prompts: dict[int, torch.Tensor] = {}
-    for batch in data.val_dataloader():
+    for first in range(0, len(windows), data.batch_size):
         if len(prompts) == len(data.domains):
             break
+        batch = windows.batch(first, data.batch_size)
         for domain, tokens in zip(batch["domain"].tolist(), batch["tokens"], strict=True):
             prompts.setdefault(domain, tokens[: min(PROMPT_TOKENS, data.context - 1)])
     capacity = data.context
@@ -139,29 +166,30 @@ def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, flo
     return cache, "\n".join(parts), speed
 
 
-def plot_losses(cli: T6CLI, folder: RunFolder) -> Path:
-    """Draw training and validation loss over tokens as loss.png."""
+CURVES = {"train/loss": ("-", "training"), "val/loss": ("o-", "validation")}
+"""Metric -> its line and name in the picture."""
+
+
+def plot_losses(
+    histories: Mapping[str, list[tuple[int, float]]], tokens_per_step: float, title: str, file: Path
+) -> Path:
+    """Draw (step, value) of the metrics in `CURVES` over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tokens_per_step = cli.cadence.tokens_per_step or 1
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, style, label in (("train/loss", "-", "training"), ("val/loss", "o-", "validation")):
-        history = cli.tracking.history(name)
+    for name, (style, label) in CURVES.items():
+        history = histories[name]
         axes.plot(
             [s * tokens_per_step / 1e6 for s, _ in history], [v for _, v in history], style, label=label
         )
-    config = cli.model.config
-    axes.set_title(
-        f"{folder.name}: {config.attention.mechanism}, {config.n_parameters() / 1e6:.2f} M parameters"
-    )
+    axes.set_title(title)
     axes.set_xlabel("tokens (millions)")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    file = folder.path / "loss.png"
     figure.savefig(file, dpi=130)
     plt.close(figure)
     return file

@@ -14,7 +14,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from t6_lightning.common.errors import BadInput
+from t6_lightning.common.errors import BadInput, first_line
 from t6_lightning.common.secrets import without_secrets
 from t6_lightning.runs.folder import RunFolder
 from t6_lightning.runs.tracking_store import experiment_id, open_client, tracking_uri
@@ -30,21 +30,30 @@ LONGEST_NAME = 250
 class MLflowTracking(Logger):
     """One MLflow run per training run, kept across restarts; each step of a metric is logged once.
 
+    In any Trainer it makes a run of its own, or with `run` takes up the one that the folder's record names. The store
+    is MLFLOW_TRACKING_URI, else a SQLite file in T6_HOME.
+
     Args:
         experiment: MLflow experiment.
         tags: extra tags of the run.
         parent: id of the MLflow run that this one is nested under.
+        run: folder of the training run. Then the caller ends the MLflow run by `close`: Lightning's own end says too
+            little (a signal counts as success).
     """
 
     def __init__(
-        self, experiment: str = "t6", tags: dict[str, str] | None = None, parent: str | None = None
+        self,
+        experiment: str = "t6",
+        tags: dict[str, str] | None = None,
+        parent: str | None = None,
+        run: RunFolder | None = None,
     ) -> None:
         super().__init__()
         self.experiment_name = experiment
         self.tags = dict(tags or {})
         if parent:
             self.tags["mlflow.parentRunId"] = parent
-        self.run_folder: RunFolder | None = None
+        self._run = run
         self._client: MlflowClient | None = None
         self._run_id: str | None = None
         self._last_step: dict[str, int] = {}
@@ -60,13 +69,14 @@ class MLflowTracking(Logger):
     @property
     def save_dir(self) -> str | None:
         """The run's folder: where Lightning puts what it writes itself, such as a profiler's table."""
-        return None if self.run_folder is None else str(self.run_folder.path)
+        return None if self._run is None else str(self._run.path)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> "MlflowClient":
-        """The client, once `connect` has reached the store."""
-        assert self._client is not None, "connect() comes first"
+        """The client of the store, with a run opened."""
+        self.start({})
+        assert self._client is not None
         return self._client
 
     @rank_zero_only
@@ -76,36 +86,47 @@ class MLflowTracking(Logger):
         Raises:
             BadInput: it cannot be reached or used.
         """
+        if self._client is not None:
+            return
         try:
             self._client = open_client()
             self._experiment_id = experiment_id(self._client, self.experiment_name)
         except Exception as error:  # MLflow's, SQLAlchemy's and those of HTTP mean the same to the user
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            self._client = None
+            reason = first_line(error)[:200]
             said = f"MLFLOW_TRACKING_URI={tracking_uri()!r} cannot be used: {reason}"
             raise BadInput(without_secrets(said)) from error
 
     @rank_zero_only
-    def start(self, run_folder: RunFolder, tags: dict[str, str]) -> None:
-        """Open the folder's MLflow run: the one it had before, or a new one."""
-        self.run_folder = run_folder
-        client = self.experiment
-        self._run_id = run_folder.record.get("mlflow_run_id")
+    def start(self, tags: dict[str, str]) -> None:
+        """Open the MLflow run, unless it is open: the one that the folder had before, or a new one with these tags."""
+        if self._run_id is not None:
+            return
+        self.connect()
+        client = self._client
+        assert client is not None
+        self._run_id = None if self._run is None else self._run.record.get("mlflow_run_id")
         if self._run_id is None:
-            run = client.create_run(self._experiment_id, run_name=run_folder.name, tags=self.tags | tags)
+            name = None if self._run is None else self._run.name
+            run = client.create_run(self._experiment_id, run_name=name, tags=self.tags | tags)
             self._run_id = run.info.run_id
-            run_folder.update_record(mlflow_run_id=self._run_id)
+            if self._run is not None:
+                self._run.update_record(mlflow_run_id=self._run_id)
             return
         client.update_run(self._run_id, status="RUNNING")
         for key in client.get_run(self._run_id).data.metrics:
             self._last_step[key] = max(m.step for m in client.get_metric_history(self._run_id, key))
 
     @rank_zero_only
-    def leave(self, run_folder: RunFolder) -> None:
+    def leave(self) -> None:
         """Let the folder's MLflow run stay as it is, ended: `start` then opens a new one."""
-        run_id = run_folder.record.get("mlflow_run_id")
-        if run_id is not None and self.experiment.get_run(run_id).info.status == "RUNNING":
-            self.experiment.set_terminated(run_id, status="KILLED")  # its process could not say so
-        run_folder.update_record(mlflow_run_id=None, started=None)
+        assert self._run is not None
+        run_id = self._run.record.get("mlflow_run_id")
+        self.connect()
+        client = self._client
+        if run_id is not None and client is not None and client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, status="KILLED")  # its process could not say so
+        self._run.update_record(mlflow_run_id=None, started=None)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -130,13 +151,14 @@ class MLflowTracking(Logger):
         """Log metrics at an optimizer step; steps it has from before a restart are passed over."""
         from mlflow.entities import Metric
 
+        client = self.experiment  # which knows the steps from before a restart
         step = step or 0
         now = int(time.time() * 1000)
         metrics = {mlflow_name(name): value for name, value in metrics.items()}
         new = {name: value for name, value in metrics.items() if step > self._last_step.get(name, -1)}
         batch = [Metric(name, float(value), now, step) for name, value in new.items() if math.isfinite(value)]
         if batch:
-            self.experiment.log_batch(self._run_id or "", metrics=batch)
+            client.log_batch(self._run_id or "", metrics=batch)
         self._last_step.update(dict.fromkeys(new, step))
 
     @rank_zero_only
@@ -157,11 +179,13 @@ class MLflowTracking(Logger):
     @rank_zero_only
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
-        if self._client is not None:
-            self._client.set_terminated(self._run_id or "", status=status)
+        if self._client is not None and self._run_id is not None:
+            self._client.set_terminated(self._run_id, status=status)
 
     def finalize(self, status: str) -> None:
-        """Lightning's own call says too little (a signal counts as success): the command calls `close`."""
+        """End a run without a folder; Lightning calls it at the end of training with "success" or "failed"."""
+        if self._run is None:
+            self.close("FINISHED" if status == "success" else "FAILED")
 
 
 def mlflow_name(name: str) -> str:

@@ -1,9 +1,11 @@
-"""Language-model metrics with torchmetrics: exact sums over everything, across batches and ranks."""
+"""Language-model metrics with torchmetrics: exact sums over everything, across batches and ranks; and their logging."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import exp, log
 
+import lightning.pytorch as pl
 import torch
 from torchmetrics import Metric
 
@@ -45,11 +47,16 @@ class LanguageModelMetrics(Metric):
             state.index_add_(0, index, value)
 
     def compute(self) -> dict[str, float]:
-        """`loss` (nats per token), `perplexity`, `bits_per_byte` and, of several, `<domain>/bits_per_byte`."""
+        """`loss` (nats per token), `perplexity`, `bits_per_byte` and, of several domains, `<domain>/bits_per_byte`.
+
+        Bits per byte are left out where the bytes are not known, and domains without tokens.
+        """
         rows = self.per_domain()
-        figures = {name: rows["all"][name] for name in ("loss", "perplexity", "bits_per_byte")}
+        names = ("loss", "perplexity", "bits_per_byte") if rows["all"]["bytes"] else ("loss", "perplexity")
+        figures = {name: rows["all"][name] for name in names}
         if len(self.domains) > 1:
-            figures |= {f"{name}/bits_per_byte": rows[name]["bits_per_byte"] for name in self.domains}
+            counted = [name for name in self.domains if rows[name]["bytes"]]
+            figures |= {f"{name}/bits_per_byte": rows[name]["bits_per_byte"] for name in counted}
         return figures
 
     def per_domain(self) -> dict[str, dict[str, float]]:
@@ -69,3 +76,22 @@ def summarize(nll: float, tokens: float, n_bytes: float) -> dict[str, float]:
         "perplexity": exp(loss) if loss < 700 else float("inf"),
         "bits_per_byte": nll / log(2) / n_bytes if n_bytes else float("nan"),
     }
+
+
+def logs_step(trainer: pl.Trainer) -> bool:
+    """Whether Lightning hands the metrics of the optimizer step just taken to the loggers.
+
+    That is every `log_every_n_steps`, and after a step at which the run was told to stop.
+    """
+    return bool(trainer.fast_dev_run or trainer._logger_connector.should_update_logs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def log_at_step(module: pl.LightningModule, metrics: Mapping[str, torch.Tensor | float]) -> None:
+    """Log metrics of the optimizer step just taken through `self.log`, in full precision.
+
+    For every logger of the Trainer and for callbacks that watch a metric. Lightning's own step counts from 0; a metric
+    named `step` says another, which loggers take in its place: the n-th optimizer step is n.
+    """
+    trainer = module.trainer
+    named = ({"step": trainer.global_step} if trainer.state.fn == "fit" else {}) | dict(metrics)
+    module.log_dict({name: torch.as_tensor(value, dtype=torch.float64) for name, value in named.items()})

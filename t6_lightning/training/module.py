@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -13,22 +13,51 @@ from t6_lightning.distributed import fsdp2, ranks
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import IGNORE, T6
 from t6_lightning.training import recompute
-from t6_lightning.training.metrics import LanguageModelMetrics
-from t6_lightning.training.optim import AdamWConfig, Cosine, Schedule
+from t6_lightning.training.metrics import LanguageModelMetrics, log_at_step, logs_step
+from t6_lightning.training.optim import AdamWConfig
 from t6_lightning.training.recompute import Recompute
+from t6_lightning.training.schedule import Cosine, FollowSchedule, Schedule
+
+ONE_DOMAIN = ["text"]
+"""The domains of data that names none."""
+
+UNLOGGED = "unlogged_training_loss"
+"""Key of a checkpoint: nats and tokens since the last logged step."""
+
+
+@runtime_checkable
+class StepJudge(Protocol):
+    """A callback that may refuse an optimizer step, such as `SpikeGuard`."""
+
+    def accepts_step(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
+        """Whether the step may change the weights.
+
+        Args:
+            loss: nats per counted token of the step, over all micro-batches and ranks.
+            grad_norm: norm of its gradient before clipping.
+        """
+        ...
 
 
 class T6Module(pl.LightningModule):
-    """Trains a T6 on batches of `tokens`, `targets`, `documents`, `n_bytes` and `domain`.
+    """Trains a T6 on batches of `tokens` and `targets`, integers (B, T); a target of -100 is not counted.
+
+    Batches may also hold `documents` (B, T), the number of the document that each token belongs to; `n_bytes` (B,),
+    the UTF-8 bytes that the targets stand for, from which bits per byte are computed; and `domain` (B,), an index into
+    the `domains` of the data module. Those of `datamodules` hold all of them.
+
+    Logs `train/loss`, `optim/lr` and `optim/grad_norm` of an optimizer step, and `val/*` or `test/*` (loss, perplexity,
+    bits_per_byte, and bits per byte of each domain), through `self.log` to every logger of the Trainer. `train/loss`
+    is the mean over the tokens since the step logged before. Metrics of the n-th optimizer step stand at step n.
 
     Args:
-        net: the model.
+        net: the model, as a T6Config or as the plain mapping that checkpoints hold.
         optimizer: AdamW's settings.
-        schedule: learning rate over the run.
+        schedule: learning rate over the run; a cosine where nothing is said.
         confine_to_documents: attention stays inside each document of a packed window and positions restart
             there; off, as the paper trains, windows are read as one text.
         compile: compile one block and reuse it for all layers.
-        recompute: what the backward pass computes anew instead of keeping: "none"; "selective", what is cheap;
+        recompute: what the backward pass computes again instead of keeping: "none"; "selective", what is cheap;
             "full", each block but its input.
     """
 
@@ -37,48 +66,61 @@ class T6Module(pl.LightningModule):
     def __init__(
         self,
         net: T6Config,
-        optimizer: AdamWConfig,
+        optimizer: AdamWConfig = AdamWConfig(),
         schedule: Schedule | None = None,
         confine_to_documents: bool = False,
         compile: bool = False,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.config = net
+        self.config = T6Config.from_dict(dict(net)) if isinstance(net, Mapping) else net
         self.optimizer_config = optimizer
+        self.lr = optimizer.lr
+        """Peak learning rate; what Lightning's learning-rate finder sets."""
         self.schedule = schedule or Cosine()
         self.confine_to_documents = confine_to_documents
         self.compile_blocks = compile
         self.recompute_choice: Recompute = recompute
-        self.initial_weights: dict[str, torch.Tensor] | None = None
-        self.goes_on = False
-        """Whether a checkpoint's weights will take the place of random ones: these are not drawn then, which takes
-        seconds at size; orthogonal ones still are."""
         self.figures: dict[str, float] = {}
-        """`val/*` of the last validation, in full precision."""
+        """`val/*` or `test/*` of the last evaluation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
+        """Of the last optimizer step, before clipping."""
         self.step_sums = torch.zeros(2, dtype=torch.float64)
         """Nats and counted tokens of the last optimizer step, over all its micro-batches and ranks."""
-        self.accepts_step: Callable[[torch.Tensor, torch.Tensor], bool] | None = None
-        """Given loss and gradient norm of a step, says whether it may change the weights."""
+        self._first_weights: Mapping[str, torch.Tensor] | None = None
+        self._unlogged = torch.zeros(2, dtype=torch.float64)
         self._sums: torch.Tensor | None = None
-        self._positions = 0
+        self._divisor = 0
+        self._rate = 0.0
+        self._has_stepped = False
         # Plain types only: checkpoints are read without unpickling code.
-        plain = {"net": net.architecture(), "confine_to_documents": confine_to_documents}
+        plain = {"net": self.config.architecture(), "confine_to_documents": confine_to_documents}
         self.save_hyperparameters(plain, logger=False)
+
+    # --- what is trained, on what ---
+
+    def start_from(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Let `configure_model` give the model these weights instead of random ones.
+
+        Args:
+            weights: state dict of a T6 of this architecture.
+        """
+        self._first_weights = weights
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
-        is_replaced = self.goes_on or self.initial_weights is not None
+        resumes = self._trainer is not None and self._trainer.ckpt_path is not None
+        is_replaced = resumes or self._first_weights is not None
         # Not on a GPU, whose random numbers differ: one seed gives one model, on any device and by any strategy. What
-        # a checkpoint replaces is not drawn at all.
+        # a checkpoint replaces is not drawn at all: at size that takes seconds.
         with torch.device("meta" if is_replaced else "cpu"):
             self.net = T6(self.config)
         if is_replaced:
             self.net.to_empty(device="cpu")
-        if self.initial_weights is not None:
-            self.net.load_state_dict(self.initial_weights)
+        if self._first_weights is not None:
+            self.net.load_state_dict(self._first_weights)
+            self._first_weights = None
         recompute.apply(self.net.blocks, self.recompute_choice)
         if self.compile_blocks:
             for block in self.net.blocks:
@@ -99,29 +141,57 @@ class T6Module(pl.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self.check_tokenizer(data)
-        self.metrics = LanguageModelMetrics(data.domains)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        checkpoint["tokenizer"] = data.tokenizer.to_json()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer_config.build(self)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        data = self._data
+        if hasattr(data, "tokenizer"):
+            self.check_tokenizer(data)
 
     @property
-    def learning_rate(self) -> float:
-        """Of the optimizer step that is being taken."""
-        factor = self.schedule.factor(self.trainer.global_step, self.trainer.max_steps)
-        return self.optimizer_config.lr * factor
+    def _data(self) -> Any:
+        """The data module, or None."""
+        return getattr(self.trainer, "datamodule", None)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if hasattr(self._data, "tokenizer"):
+            checkpoint["tokenizer"] = self._data.tokenizer.to_json()
+        checkpoint[UNLOGGED] = self._unlogged.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        of_monitor = checkpoint.get("callbacks", {}).get("Monitor", {})
+        sums = checkpoint.get(UNLOGGED, of_monitor.get("sums"))  # version 0.1.0 kept them with Monitor
+        if sums is not None:
+            self._unlogged = sums.clone()
+
+    # --- optimizer steps ---
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_config.build(self)
+        scheduler = FollowSchedule(
+            optimizer, self.schedule, lambda: self.lr, lambda: self.trainer.global_step, self._total_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> float | None:
+        """Optimizer steps of the whole run; None until the training data is there that tells how long an epoch is."""
+        # Asking earlier would make Lightning set the data up before a checkpoint's position is known.
+        if self.trainer.max_epochs != -1 and self.trainer.train_dataloader is None:
+            return None
+        return self.trainer.estimated_stepping_batches
+
+    def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, FollowSchedule):
+                config.scheduler.refresh()
+        self._unlogged = self._unlogged.to(self.device)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        targets = batch["targets"]
+        nats = self._summed_loss(batch)
+        sums = torch.stack([nats.detach().double(), (targets != IGNORE).sum().double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        # How many tokens the step counts is known after its last micro-batch only. Until then every micro-batch is
+        # divided by the same number, that of the first one's positions.
+        self._divisor = self._divisor or targets.numel()
+        return nats / self._divisor
 
     def configure_gradient_clipping(
         self,
@@ -134,23 +204,31 @@ class T6Module(pl.LightningModule):
         Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is wanted anyway.
         """
         assert self._sums is not None
-        positions = self._positions * self.trainer.world_size
-        self.step_sums, self._sums, self._positions = ranks.total(self._sums), None, 0
-        # The gradients are those of Σ nats / positions; exactly 1 where every position counts.
-        weight = positions / self.step_sums[1].clamp_min(1)
+        # What the sum of nats was divided by so far: here, by Lightning over micro-batches, and over ranks.
+        divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self.step_sums, self._sums = ranks.total(self._sums), None
+        # Exactly 1 where every position counts and the step has all its micro-batches.
+        weight = divided_by / self.step_sums[1].clamp_min(1)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = ranks.total_norm(gradients)
         self.grad_norm = norm * weight.to(norm.dtype)
-        if self.accepts_step is not None and not self.accepts_step(self.step_loss, self.grad_norm):
+        self._rate = optimizer.param_groups[0]["lr"]
+        self._has_stepped = True
+        verdicts = [judge.accepts_step(self.step_loss, self.grad_norm) for judge in self._judges()]
+        if not all(verdicts):
             for parameter in self.parameters():
-                parameter.grad = (
-                    None  # the optimizer leaves what has no gradient alone, decay and moments too
-                )
+                # The optimizer leaves what has no gradient alone, decay and moments too.
+                parameter.grad = None
             return
+        self._unlogged = self._unlogged + self.step_sums
         limit = gradient_clip_val or float("inf")
         factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0) * weight.to(norm.dtype)
         mine = [ranks.local(gradient) for gradient in gradients]
         torch._foreach_mul_(mine, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _judges(self) -> list[StepJudge]:
+        callbacks: list[Any] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        return [callback for callback in callbacks if isinstance(callback, StepJudge)]
 
     def weights_are_finite(self) -> bool:
         """Whether the norm of all weights is a finite number. Waits for the device; every rank must ask."""
@@ -161,35 +239,46 @@ class T6Module(pl.LightningModule):
         """Nats per counted token of the last optimizer step."""
         return self.step_sums[0] / self.step_sums[1].clamp_min(1)
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        targets = batch["targets"]
-        nats = self._summed_loss(batch)
-        sums = torch.stack([nats.detach().double(), (targets != IGNORE).sum().double()])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._positions += targets.numel()
-        # How many tokens the step counts is known after its last micro-batch only.
-        return nats / targets.numel()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._has_stepped:
+            return
+        self._has_stepped = False
+        step = self.trainer.global_step
+        writes = logs_step(self.trainer)
+        if not (writes or step == 1):  # the first value is for callbacks; loggers do not get it
+            return
+        nats, counted = self._unlogged
+        log_at_step(
+            self,
+            {
+                "train/loss": nats / counted,  # nan: every step was refused
+                "optim/lr": torch.tensor(self._rate, dtype=torch.float64),
+                "optim/grad_norm": self.grad_norm,
+            },
+        )
+        if writes:
+            self._unlogged = torch.zeros_like(self._unlogged)
+
+    # --- evaluation ---
+
+    def on_validation_epoch_start(self) -> None:
+        domains = getattr(self._data, "domains", None)
+        self._counts_domains = domains is not None
+        self.metrics = LanguageModelMetrics(domains or ONE_DOMAIN).to(self.device)
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        """One rank takes one batch in turn. A sharded model runs on all ranks or none: in the last round, ranks
-        that have no batch left run one without counting it."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        turn = batch_idx % world
-        is_last = batch_idx + 1 == self._validation_batches()
-        if turn != rank and not (is_last and rank > turn):
-            return
-        losses = self._token_losses(batch)
-        if turn == rank:
-            self.metrics.update(losses, batch["targets"], batch["n_bytes"], batch["domain"])
-
-    def _validation_batches(self) -> int:
-        testing = self.trainer.testing
-        return int((self.trainer.num_test_batches if testing else self.trainer.num_val_batches)[0])
+        targets = batch["targets"]
+        one = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+        domain = batch.get("domain", one) if self._counts_domains else one
+        self.metrics.update(self._token_losses(batch), targets, batch.get("n_bytes", one), domain)
 
     def on_validation_epoch_end(self) -> None:
-        self.figures = {f"val/{name}": value for name, value in self.metrics.compute().items()}
+        name = "test" if self.trainer.testing else "val"
+        self.figures = {f"{name}/{metric}": value for metric, value in self.metrics.compute().items()}
         self.metrics.reset()
-        self.log_dict(self.figures, logger=False)  # for callbacks that watch a metric; in float32
+        log_at_step(self, self.figures)
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -197,13 +286,17 @@ class T6Module(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Negative log-likelihood in nats of every token of the window (B, T), with its target and domain."""
-        return {"nll": self._token_losses(batch), "targets": batch["targets"], "domain": batch["domain"]}
+        """Negative log-likelihood in nats of every token of the window (B, T), its target, and its domain if known."""
+        known = {name: batch[name] for name in ("targets", "domain") if name in batch}
+        return {"nll": self._token_losses(batch)} | known
+
+    def _documents(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if self.confine_to_documents and "documents" not in batch:
+            raise BadInput("confine_to_documents=True is not possible: the batches hold no `documents`")
+        return batch["documents"] if self.confine_to_documents else None
 
     def _summed_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        documents = batch["documents"] if self.confine_to_documents else None
-        return self.net.summed_loss(batch["tokens"], batch["targets"], documents)
+        return self.net.summed_loss(batch["tokens"], batch["targets"], self._documents(batch))
 
     def _token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        documents = batch["documents"] if self.confine_to_documents else None
-        return self.net.token_losses(batch["tokens"], batch["targets"], documents)
+        return self.net.token_losses(batch["tokens"], batch["targets"], self._documents(batch))

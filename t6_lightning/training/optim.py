@@ -1,10 +1,8 @@
-"""Optimizer and learning-rate schedules as plain values."""
+"""The optimizer as a plain value."""
 
 from __future__ import annotations
 
-import abc
 from dataclasses import dataclass
-from math import cos, pi
 from typing import Any, Literal
 
 import torch
@@ -12,6 +10,11 @@ from torch import nn
 
 from t6_lightning.common.errors import require
 from t6_lightning.distributed import ranks
+
+# Saved configurations of version 0.1.0 name these here.
+from t6_lightning.training.schedule import Cosine as Cosine
+from t6_lightning.training.schedule import Schedule as Schedule
+from t6_lightning.training.schedule import WarmupStableDecay as WarmupStableDecay
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class AdamWConfig:
         ]
         groups = [group for group in groups if group["params"]]
         optimizer = AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        optimizer.register_load_state_dict_pre_hook(_keep_settings)
         optimizer.register_load_state_dict_post_hook(_copy_moments)
         return optimizer
 
@@ -68,6 +72,18 @@ class AdamW(torch.optim.AdamW):
         return has_complex
 
 
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Take moments from a checkpoint, and betas, weight decay and the like from the present configuration."""
+    present = optimizer.param_groups
+    if len(present) != len(state["param_groups"]):
+        return state  # torch says that they differ
+    groups = [
+        saved | {name: value for name, value in own.items() if name != "params"}
+        for saved, own in zip(state["param_groups"], present, strict=True)
+    ]
+    return state | {"param_groups": groups}
+
+
 def _copy_moments(optimizer: torch.optim.Optimizer) -> None:
     """Take moments on the CPU out of the memory that a checkpoint's file is mapped to.
 
@@ -77,63 +93,3 @@ def _copy_moments(optimizer: torch.optim.Optimizer) -> None:
         for name, value in moments.items():
             if value.device.type == "cpu":
                 moments[name] = value.clone()
-
-
-class Schedule(abc.ABC):
-    """Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
-
-    @abc.abstractmethod
-    def factor(self, step: int, max_steps: int) -> float:
-        """What the peak learning rate is multiplied by at optimizer step 0, 1, ..., max_steps - 1."""
-
-
-def _check_warmup(warmup_steps: int, min_factor: float) -> None:
-    require(warmup_steps >= 0, "schedule.warmup_steps", warmup_steps, "it must be 0 or above")
-    require(0 <= min_factor <= 1, "schedule.min_factor", min_factor, "a share of the peak, 0 to 1")
-
-
-@dataclass(frozen=True)
-class Cosine(Schedule):
-    """Linear warm-up, then half a cosine down to the last step (the paper's schedule).
-
-    Attributes:
-        warmup_steps: optimizer steps of linear warm-up.
-        min_factor: the last learning rate over the peak.
-    """
-
-    warmup_steps: int = 100
-    min_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_warmup(self.warmup_steps, self.min_factor)
-
-    def factor(self, step: int, max_steps: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
-        return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + cos(pi * progress))
-
-
-@dataclass(frozen=True)
-class WarmupStableDecay(Schedule):
-    """Linear warm-up, a constant stretch, then a linear decay over the last steps (Hu et al., 2024).
-
-    Attributes:
-        warmup_steps: optimizer steps of linear warm-up.
-        decay_steps: optimizer steps of the linear decay at the end.
-        min_factor: the last learning rate over the peak.
-    """
-
-    warmup_steps: int = 100
-    decay_steps: int = 100
-    min_factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_warmup(self.warmup_steps, self.min_factor)
-        require(self.decay_steps >= 0, "schedule.decay_steps", self.decay_steps, "it must be 0 or above")
-
-    def factor(self, step: int, max_steps: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        left = (max_steps - step) / max(1, self.decay_steps)
-        return self.min_factor + (1 - self.min_factor) * min(1.0, max(0.0, left))

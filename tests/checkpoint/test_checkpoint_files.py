@@ -15,7 +15,7 @@ import torch
 from t6_lightning.checkpoint import files as checkpoint_files
 from t6_lightning.checkpoint.files import CheckpointError
 from t6_lightning.common.errors import BadInput
-from t6_lightning.training.callbacks.checkpoints import VerifiedCheckpointIO
+from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 
 
 def some_state(elements: int = 1000) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def test_parts_of_checkpoints_and_folders_of_them_are_none(tmp_path: Path) -> No
 def test_a_failed_write_is_raised_when_it_is_waited_for(tmp_path: Path, asynchronous: bool) -> None:
     io = VerifiedCheckpointIO(asynchronous)
     (tmp_path / "file").write_text("where a folder should be")
-    io.save_checkpoint(some_state(), tmp_path / "file" / "step-00000001.ckpt")
     with pytest.raises(CheckpointError, match="could not be written"):
+        io.save_checkpoint(some_state(), tmp_path / "file" / "step-00000001.ckpt")
         io.finish()
 
 

@@ -37,12 +37,8 @@ from t6_lightning.runs.folder import RunFolder
         (["--trainer.profiler", "torch"], "trainer.profiler='torch' is not possible: choose one of simple,"),
         (["--trainer.max_steps", "0"], "trainer.max_steps=0 is not possible"),
         # What Lightning would do behind the back of what counts steps and tokens here.
-        (
-            ["--trainer.max_time", "00:00:00:04"],
-            "trainer.max_time='00:00:00:04' is not possible: leave it out",
-        ),
-        (["--trainer.min_steps", "2"], "leave it out, as trainer.max_steps alone ends a run"),
-        (["--trainer.max_epochs", "2"], "leave it out, as trainer.max_steps alone ends a run"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs=0 is not possible: it must be at least 1, or -1"),
+        (["--trainer.max_steps", "-1"], "trainer.max_steps=-1 is not possible: it must be at least 1, or -1"),
         (
             ["--trainer.limit_train_batches", "3"],
             "trainer.limit_train_batches=3 is not possible: leave it out",

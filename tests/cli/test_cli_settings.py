@@ -20,14 +20,14 @@ HEAVY = ("mlflow", "datasets", "transformers", "optuna", "lm_eval")
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_parses_and_survives_its_own_dump(preset: str, tmp_path: Path) -> None:
-    from t6_lightning.cli.training import T6CLI, with_config_files
+    from t6_lightning.cli.configuration import T6CLI, with_config_files
 
     model = ["--config", "quickstart"] if preset.startswith("data/") else []
     cli = T6CLI("fit", with_config_files("fit", [*model, "--config", preset]))
-    (tmp_path / "again.yaml").write_text(cli.config_yaml)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(cli.settings))
     again = T6CLI("fit", ["--config", str(tmp_path / "again.yaml")])
-    assert again.config_yaml == cli.config_yaml
-    written = yaml.safe_load(cli.config_yaml)
+    assert again.settings == cli.settings
+    written = cli.settings
     assert written["model"]["net"]["attention"]["class_path"].startswith("t6_lightning.model.attention.")
 
 
@@ -36,10 +36,10 @@ def test_every_preset_parses_and_survives_its_own_dump(preset: str, tmp_path: Pa
     [("some/folder", "some/folder"), ("[a, b c]", ["a", "b c"]), ("[ab]*.txt", "[ab]*.txt")],
 )
 def test_files_are_one_path_or_a_list(given: str, files: str | list[str]) -> None:
-    from t6_lightning.cli.training import T6CLI, with_config_files
+    from t6_lightning.cli.configuration import T6CLI, with_config_files
 
     cli = T6CLI("fit", with_config_files("fit", ["--data", "TextFiles", "--data.files", given]))
-    assert yaml.safe_load(cli.config_yaml)["data"]["init_args"]["files"] == files
+    assert cli.settings["data"]["init_args"]["files"] == files
 
 
 def test_flags_win_over_the_checkpoint_and_say_so(home: Path) -> None:

@@ -65,7 +65,7 @@ def test_match_prints_presets_as_they_are_afterwards(capsys: pytest.CaptureFixtu
 
 
 def test_changes_are_options_of_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    from t6_lightning.cli.training import T6CLI, with_config_files
+    from t6_lightning.cli.configuration import T6CLI, with_config_files
 
     (row,) = printed(
         capsys,

@@ -103,7 +103,7 @@ def test_order_is_a_function_of_seed_and_files_alone():
     assert tokens_of(first(FineWebEdu(**COMMON | {"batch_size": 12}), 8)) == rows
     assert tokens_of(first(FineWebEdu(**COMMON, seed=1), 24)) != rows
     skipped = FineWebEdu(**COMMON)
-    skipped.samples = 40  # without marks: found by counting
+    skipped.load_state_dict(skipped.state_dict() | {"samples": 40})  # without marks: found by counting
     assert tokens_of(first(skipped, 4)) == rows[40:56]
 
 
@@ -115,7 +115,7 @@ def _rank(make, rank, world, store, state, start, steps, answers):
         data.load_state_dict(state)
     assert data.samples == start
     batches = first(data, steps)
-    consume(data, batches, world)
+    consume(data, batches)
     answers.put((rank, [(b["sample"].tolist(), b["tokens"].tolist()) for b in batches], data.state_dict()))
     torch.distributed.destroy_process_group()
 
@@ -379,8 +379,7 @@ def _read_all(make, steps, answers):
     memory = []
     data = make()
     began = time.monotonic()
-    for i, batch in enumerate(itertools.islice(data.train_dataloader(), steps)):
-        consume(data, [batch])
+    for i, _ in enumerate(itertools.islice(data.train_dataloader(), steps)):
         if i % 200 == 0:
             with open("/proc/self/status") as status:
                 memory.append(

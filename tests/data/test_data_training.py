@@ -40,9 +40,6 @@ class Recorder(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         assert (batch["domain"] >= 0).all()
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.trainer.datamodule.samples += len(batch["sample"])
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 

@@ -120,8 +120,8 @@ def test_steps_are_those_of_the_commit_before(before: Path, tmp_path: Path, worl
                 )
                 compared += 1
         assert len(old_validations) >= 2
-        assert new_validations == old_validations
-        compared += len(old_validations)
+        # At the same steps; their text is not the same since a test split was carved out of it.
+        assert [v["validated_at"] for v in new_validations] == [v["validated_at"] for v in old_validations]
         assert all(len(line["samples"]) == 2 and len(line["samples"][0]) == BATCH for line in old)
         assert len({line["loss"] for line in old}) == len({line["grad_norm"] for line in old}) == STEPS
         if corpus == "TextFiles":

@@ -1,22 +1,22 @@
 """The operation benchmark: JSON, table, bad input, and a light --help."""
 
+import importlib
 import json
 import math
+import os
 import subprocess
 import sys
-from dataclasses import asdict
-from itertools import pairwise, product
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from interpreter import needs_interpreter
 
-from kernels.bench import cases, decode_table, files, report
+import kernels
+from kernels.bench import files, operations, plan, report
 from kernels.bench.__main__ import main
-from kernels.bench.others import REFERENCE_FILES, Reference
 from kernels.bench.plot import main as plot
-from kernels.decode import decode
+from kernels.contract import bench as contract_bench
+from kernels.loss import bench as loss_bench
 
 TINY = {
     "decode": ["--batch", "1", "--context", "33", "--heads", "3", "--head-dim", "8", "--rank", "2"],
@@ -72,9 +72,9 @@ def test_linear_layers_of_few_rows(capsys):
 
 
 def test_the_papers_sizes(capsys, monkeypatch):
-    assert [sizes["heads"] for sizes in cases.PAPER_SIZES["contract"]] == [34, 34, 47, 47, 61, 61, 78, 78]
-    small = [{**sizes, "batch": 1, "context": 3} for sizes in cases.PAPER_SIZES["contract"][:2]]
-    monkeypatch.setitem(cases.PAPER_SIZES, "contract", small)
+    assert [sizes["heads"] for sizes in contract_bench.PAPER_SIZES] == [34, 34, 47, 47, 61, 61, 78, 78]
+    small = [{**sizes, "batch": 1, "context": 3} for sizes in contract_bench.PAPER_SIZES[:2]]
+    monkeypatch.setattr(contract_bench, "PAPER_SIZES", small)
     assert main(["contract", "--paper", *QUICK, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [case["sizes"]["rank"] for case in found["cases"]] == [6, 2]
@@ -91,7 +91,7 @@ def test_the_papers_sizes(capsys, monkeypatch):
 
 def test_the_papers_sizes_without_memory_are_one_sentence(capsys, monkeypatch):
     one = {"batch": 1, "context": 3, "d_model": 8, "vocabulary": 65}
-    monkeypatch.setitem(cases.PAPER_SIZES, "loss", [one, {**one, "context": 10**14}])
+    monkeypatch.setattr(loss_bench, "PAPER_SIZES", [one, {**one, "context": 10**14}])
     with pytest.raises(SystemExit) as left:
         main(["loss", "--paper", *QUICK])
     assert left.value.code == 2
@@ -171,6 +171,139 @@ def test_help_does_not_import_torch():
     assert "--rank N" in done.stdout
 
 
+def test_operations_are_found_by_their_bench_file():
+    found = operations.find()
+    assert found.keys() >= {"attention", "contract", "decode", "linear", "loss", "swiglu"}
+    for name, operation in found.items():
+        bench = importlib.import_module(f"kernels.{name}.bench")
+        assert operation.options.keys() == bench.CPU_SIZES.keys() == bench.GPU_SIZES.keys()
+        assert operation.has_paper_sizes == hasattr(bench, "PAPER_SIZES")
+        for run in operation.long_runs:
+            assert callable(importlib.import_module(f"kernels.{name}.bench_{run}").run)
+    assert found["decode"].long_runs.keys() == {"launches", "table"}
+
+
+OPERATION = """
+from kernels.bench.plan import Row, n_bytes
+import torch
+
+WHAT = "twice a number"
+OPTIONS = {"size": "numbers", "copies": "of them"}
+FOLDERS = {"their_code": "a clone of somebody's code"}
+CPU_SIZES = {"size": 3, "copies": "size"}
+GPU_SIZES = {"size": 3, "copies": "size"}
+
+
+def rows(sizes, dtype, *, their_code=None):
+    x = torch.randn(sizes["copies"], sizes["size"], dtype=dtype)
+    found = [Row("plain", "forward", lambda: 2 * x, 2 * n_bytes(x))]
+    return found + [Row(f"theirs {their_code}", "forward", lambda: x + x)] * (their_code is not None)
+"""
+
+
+@pytest.fixture
+def doubled(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """The folder of an operation that nothing but its own files knows of."""
+    folder = tmp_path / "doubled"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "bench.py").write_text(OPERATION)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("kernels.doubled")]:
+        del sys.modules[name]
+
+
+def test_a_new_operation_needs_no_other_file(doubled: Path, capsys):
+    assert main(["doubled", *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, "doubled", {"plain"})
+    assert result["sizes"] == {"size": 3, "copies": 3}
+    assert main(["doubled", "--size", "5", "--copies", "2", "--their-code", "F", *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["sizes"] == {"size": 5, "copies": 2}
+    assert [row["backend"] for row in result["rows"]] == ["plain", "theirs F"]
+    with pytest.raises(SystemExit):
+        main(["doubled", "--help"])
+    said = capsys.readouterr().out
+    assert "Times twice a number." in said
+    assert "--their-code DIR" in said
+    assert "--paper" not in said
+
+
+LONG_RUN = """
+HELP = "many numbers"
+FOLDERS = ("their_code",)
+
+
+def run(device, *, save, their_code=None):
+    result = {"complete": False, "their_code": str(their_code), "rows": []}
+    for row in range(3):
+        result["rows"].append(row)
+        save(result)
+        if their_code is None and row == 1:
+            raise KeyboardInterrupt
+    return result | {"complete": True}
+
+
+def table(result):
+    return f"{len(result['rows'])} rows"
+"""
+
+
+def test_a_long_run_writes_its_rows_as_they_come(doubled: Path, tmp_path: Path, capsys, monkeypatch):
+    (doubled / "bench_many.py").write_text(LONG_RUN)
+    (doubled / "bench_helper.py").write_text("")
+    assert operations.find()["doubled"].long_runs.keys() == {"many"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("kernels.place.TRITON_IS_INSTALLED", True)
+    file = tmp_path / "x.json"
+    file.write_text("older")
+    with pytest.raises(SystemExit) as left:
+        main(["doubled", "--many", "--json", str(file)])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == (
+        f"python -m kernels.bench: interrupted; the finished rows are in {file}\n"
+    )
+    assert json.loads(file.read_text()) == {"complete": False, "their_code": "None", "rows": [0, 1]}
+    assert main(["doubled", "--many", "--their-code", "F", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == {"complete": True, "their_code": "F", "rows": [0, 1, 2]}
+    assert capsys.readouterr().out == "3 rows\n"
+    # Standard output and pipes take one document.
+    assert main(["doubled", "--many", "--their-code", "F", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    with pytest.raises(SystemExit):
+        main(["doubled", "--many", "--size", "3"])
+    assert "--many has its own sizes, dtype and repetitions: leave out --size" in capsys.readouterr().err
+
+
+def test_rows_go_into_no_pipe_before_the_end(tmp_path: Path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert files.is_regular(str(tmp_path / "new"))
+    assert files.is_regular(str(tmp_path / "file"))
+    assert not files.is_regular(str(tmp_path / "pipe"))
+    assert not files.is_regular("/dev/null")
+
+
+def test_a_declaration_that_cannot_be_read_names_its_file(doubled: Path):
+    for wrong in (OPERATION.replace('"twice a number"', "str(2)"), OPERATION.replace("WHAT", "THAT")):
+        (doubled / "bench.py").write_text(wrong)
+        with pytest.raises(TypeError, match=r"doubled/bench\.py: WHAT must be there, as a literal"):
+            operations.find()
+
+
+def test_operations_do_not_import_their_benchmark():
+    script = (
+        "import sys, kernels.attention, kernels.contract, kernels.decode, kernels.linear, kernels.loss\n"
+        "import kernels.factors, kernels.rope, kernels.swiglu\n"
+        "print([name for name in sys.modules if name.startswith('kernels.') and '.bench' in name])\n"
+        "print([name for name in sys.modules if name.startswith('t6_lightning')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n[]\n"
+
+
 def test_help_says_what_the_command_does(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -178,129 +311,6 @@ def test_help_says_what_the_command_does(capsys):
     said = capsys.readouterr().out
     assert "Times one operation of the kernels" in said
     assert "torch" not in said
-
-
-def test_the_decode_table_covers_its_groups_and_renders():
-    listed = decode_table.cases()
-    assert len(set(listed)) == len(listed)
-    assert {(c.heads, c.head_dim, c.rank) for c in listed} >= set(
-        product((16, 32, 48, 64), (64, 128), (1, 2, 4))
-    )
-    assert all(c.n_bytes >= 2.56e8 for c in listed if c.group == "256 MB and more")
-    assert all(1.6e7 <= c.n_bytes < 2.56e8 for c in listed if c.group == "16 to 256 MB")
-    row = {
-        **asdict(listed[0]),
-        "cache_bytes": listed[0].n_bytes,
-        "median_s": 1e-4,
-        "share_of_copy_bandwidth": 0.9,
-        "plain_s": 1e-3,
-        "gqa8_s": None,
-        "mqa_s": 5e-5,
-        "reference_s": 1.5e-4,
-        "times_one_dense_query": None,
-    }
-    result = {
-        "device": "D",
-        "torch": "2",
-        "triton": "3",
-        "dtype": "bfloat16",
-        "git_commit": None,
-        "date": "today",
-    }
-    other = {"what": "MLA", "batch": 16, "tokens": 4096, "cache_bytes": 75e6}
-    others = [
-        other | {"median_s": 5e-5, "share_of_copy_bandwidth": 0.5},
-        other | {"why_not": "RuntimeError: no nvcc"},
-    ]
-    result |= {"copy_bytes_per_second": 3e12, "recompilations": 0, "rows": [row], "others": others}
-    text = decode_table.table(result)
-    assert (
-        "| 16, 64, 1 | 16 | 65,536 | 1 | padded | 336 | 100.0 | 90.0% | 10.00× |  | 0.50× | 1.50× |  |"
-        in text
-    )
-    assert "copy 3000 GB/s; 0 recompilations" in text
-    assert "| MLA | 16 | 4,096 | 75 | 50.0 | 50.0% |" in text
-    assert "| MLA | 16 | 4,096 | | RuntimeError: no nvcc | |" in text
-
-
-def test_lengths_of_the_decode_table_grow_by_one_within_the_capacity():
-    for case in decode_table.cases():
-        lengths, capacity = decode_table._lengths(case, 4, torch.device("cpu"))
-        assert all((later - earlier <= 1).all() for earlier, later in pairwise(lengths))
-        assert capacity >= lengths[-1].max()
-        assert lengths[0].min() >= case.queries
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    "changes", [{"further": 4}, {"shared_b": True}, {"pages": 64}, {"queries": 3}], ids=str
-)
-def test_each_kind_of_call_of_the_decode_table_runs(changes, monkeypatch):
-    """By Triton's interpreter in place of a graph; the cache's bytes are those of its tensors."""
-    monkeypatch.setattr(decode_table, "ROTATED_BYTES", 0)
-    monkeypatch.setattr(decode_table, "FEWEST_CALLS", 4)
-    monkeypatch.setattr(decode_table, "graph_times", lambda calls: [call().sum().item() for call in calls])
-    case = decode_table.Case(8, 16, 2, 2, 128, **changes)
-    results = decode_table._tpa_times(case, torch.device("cpu"))
-    assert len(results) == 4
-    assert all(math.isfinite(result) for result in results)
-    tensors = {x.data_ptr(): x for x in decode_table._factors(case, torch.device("cpu"), 2, 128)}
-    assert sum(x.nbytes for x in tensors.values()) == case.n_bytes
-    said = {"further": "padded order 3 (4 × 4)", "shared_b": "padded shared b", "pages": "padded paged"}
-    assert case.how == said.get(next(iter(changes)), "padded")
-
-
-STAND_IN = """
-import torch
-from xopes.utils import generate_configs
-configs = generate_configs({"num_warps": [2, 4], "BLOCK": [128]})
-calls = []
-
-def tpa_decode_parallel_bn_triton(aq, ak, av, bq, bk, bv):
-    calls.append((aq, ak, av, bq, bk, bv))
-    if ak.dim() == 3:
-        ak, av, bk, bv = (x.unsqueeze(-1) for x in (ak, av, bk, bv))
-    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
-    k = torch.einsum("bmhs,bmds->bmhd", ak, bk) / ak.shape[-1]
-    v = torch.einsum("bmhs,bmds->bmhd", av, bv) / ak.shape[-1]
-    p = (torch.einsum("bthd,bmhd->bthm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
-    return torch.einsum("bthm,bmhd->bthd", p, v)
-"""
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A folder laid out as the paper's public code, with functions of the same arguments."""
-    for name in REFERENCE_FILES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(STAND_IN)
-    return tmp_path
-
-
-@pytest.mark.parametrize("rank", [1, 2])
-def test_the_reference_is_called_in_its_own_layout(clone: Path, rank: int):
-    """What it returns is what our kernel makes of the same factors."""
-    pytest.importorskip("triton")
-    paper = Reference(clone)
-    got = paper.call(2, 9, 3, 8, rank, torch.device("cpu"))()
-    [(aq, ak, av, bq, bk, bv)] = (paper._single if rank == 1 else paper._several).calls
-    q = torch.einsum("bthr,btrd->bthd", aq, bq) / aq.shape[-1]
-    ours = [x.unsqueeze(2) if rank == 1 else x.transpose(-1, -2) for x in (ak, bk, av, bv)]
-    expected = decode(q.float(), *(x.float() for x in ours), scale=8**-0.5, backend="plain")
-    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
-
-
-def test_a_reference_that_is_not_there_or_cannot_run_is_one_sentence(clone: Path, capsys, tmp_path_factory):
-    for folder, sentence in (
-        (tmp_path_factory.mktemp("empty"), "flashtpa_decode_triton.py is not there; name a clone"),
-        (clone, "the paper's kernel is timed on a CUDA device, in bfloat16, on one query"),
-    ):
-        with pytest.raises(SystemExit) as left:
-            main(["decode", *TINY["decode"], *QUICK, "--reference", str(folder)])
-        assert left.value.code == 2
-        error = capsys.readouterr().err
-        assert sentence in error
-        assert error.count("\n") == 1
 
 
 def test_a_picture_of_the_table(tmp_path: Path):
@@ -372,7 +382,7 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(name, sentence, tmp_pa
 
 
 def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cases, "plan", lambda *_, **__: pytest.fail("something was timed"))
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: pytest.fail("something was timed"))
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     for name, sentence in (

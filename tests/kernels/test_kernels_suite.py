@@ -126,10 +126,14 @@ def test_a_part_that_fails_leaves_the_others_and_its_older_result(tmp_path):
     assert ended["good"] == "done"
     kept = {name: (tmp_path / f"{name}.json").read_text() for name in commands}
     assert kept == {"broken": "[0]", "slow": "[0]", "good": "[1]"}
+    partial = {file.name: file.read_text() for file in tmp_path.glob("*.partial")}
+    assert partial == {"broken.json.partial": "[1]", "slow.json.partial": "[1]"}
     assert (tmp_path / "good.txt").read_text() == "good\n"
     assert (tmp_path / "broken-profile.txt").read_text() == "old"
     assert (tmp_path / "good-profile.txt").read_text() == "new"
     assert not list(tmp_path.glob("*.new"))
+    suite.run({"slow": write("slow")}, tmp_path, limit=60)
+    assert [file.name for file in tmp_path.glob("*.partial")] == ["broken.json.partial"]
 
 
 def test_a_part_that_really_runs_here_is_judged(tmp_path):

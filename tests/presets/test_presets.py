@@ -12,7 +12,7 @@ import yaml
 from commands import in_new_process
 
 from t6_lightning import presets
-from t6_lightning.cli.training import T6CLI, with_config_files
+from t6_lightning.cli.configuration import T6CLI, with_config_files
 from t6_lightning.common.errors import BadInput
 from t6_lightning.model.attention.mla import MLAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
@@ -291,7 +291,7 @@ def test_the_command_line_sees_what_load_net_sees(tmp_path: Path, monkeypatch: p
     assert cli.model.optimizer_config.lr == 1e-4
     assert cli.datamodule.tokenizer_spec == "bytes"
     assert [Path(str(file)).name for file in cli.config.config] == ["mine.yaml", "data.yaml"]
-    written = yaml.safe_load(cli.config_yaml)
+    written = cli.settings
     assert "extends" not in written, "a run's own config stands alone"
     assert written["model"]["net"]["attention"]["init_args"]["n_kv_heads"] == 2
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from t6_lightning.common.errors import BadInput
-from t6_lightning.runs.plan import Plan
+from t6_lightning.runs.plan import check_disk
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,6 @@ def test_too_small_a_disk_is_refused_in_fitting_units(
 ) -> None:
     monkeypatch.setenv("T6_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    plan = Plan(1, 1, 1, 1, 1.0, 1, disk_bytes=needed)
     with pytest.raises(BadInput) as raised:
-        plan.check_disk()
+        check_disk(needed)
     assert str(raised.value).startswith(said.format(tmp_path))

@@ -56,12 +56,15 @@ def break_steps(
 
 def explode(steps: tuple[int, ...]) -> None:
     """The learning rate of some optimizer steps (from 1) is absurd."""
-    from t6_lightning.training.module import T6Module
+    from t6_lightning.training.schedule import FollowSchedule
 
-    learning_rate: Any = T6Module.learning_rate
-    T6Module.learning_rate = property(  # pyright: ignore[reportAttributeAccessIssue]
-        lambda self: 1e25 if self.trainer.global_step + 1 in steps else learning_rate.fget(self)
-    )
+    get_lr = FollowSchedule.get_lr
+
+    def absurd(self: Any) -> list[Any]:
+        rates = get_lr(self)
+        return [1e25 for _ in rates] if self.taken() + 1 in steps else rates
+
+    FollowSchedule.get_lr = absurd
 
 
 def killed_after(step: int, preparation: Callable[[], None]) -> None:

@@ -4,152 +4,85 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import CheckpointIO
 
-from t6_lightning.checkpoint import files as checkpoint_files
-from t6_lightning.checkpoint.files import CheckpointError, step_of
-from t6_lightning.common.errors import require
+from t6_lightning.checkpoint import files
+from t6_lightning.checkpoint.files import step_of
+from t6_lightning.checkpoint.io import VerifiedCheckpointIO
+from t6_lightning.common.errors import BadInput, require
 from t6_lightning.distributed import ranks
-from t6_lightning.distributed.signals import Interrupted, signals
-from t6_lightning.runs.folder import RunFolder
-from t6_lightning.training.callbacks.cadence import Cadence, stepped
+from t6_lightning.distributed.signals import ASKS_TO_STOP, Interrupted, signals
+from t6_lightning.training.callbacks.cadence import stepped, validation_follows
+
+WRITING_FAILED = 1000
+"""Above every signal's number: what rank 0 tells the others when a checkpoint could not be written."""
 
 
 class CutOff(Exception):
     """The training data cannot be reached any more; all ranks stop together, after a checkpoint.
 
-    What happened, on the ranks where it did.
+    The message says what happened, on the ranks where it did.
     """
-
-
-class Snapshot:
-    """A copy of a state on the CPU that training does not change, in memory that the next copy uses again.
-
-    New memory costs several times the copying: the system hands it out page by page.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._from_gpu = False
-
-    def take(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Copy containers and tensors; what an earlier call returned is written over."""
-        copied = self._copy(state, ())
-        if self._from_gpu:
-            torch.cuda.synchronize()
-        return copied
-
-    def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
-        if isinstance(value, torch.Tensor):
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._buffers[key] = buffer
-            self._from_gpu |= value.is_cuda
-            return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-        if isinstance(value, dict):
-            return {name: self._copy(element, (*key, name)) for name, element in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(element, (*key, i)) for i, element in enumerate(value))
-        return value
-
-
-class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's way to `checkpoint_files`: whole and checksummed, or not there.
-
-    With `asynchronous`, a copy in memory is taken and written by a thread while training goes on.
-    """
-
-    def __init__(self, asynchronous: bool) -> None:
-        self.asynchronous = asynchronous
-        self._snapshot = Snapshot()
-        self._writer: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        self.wait()
-        if not self.asynchronous:
-            self._write(checkpoint, path)
-            return
-        # No daemon: a program that ends otherwise than by a kill ends with the file written.
-        self._writer = threading.Thread(target=self._write, args=(self._snapshot.take(checkpoint), path))
-        self._writer.start()
-
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            checkpoint_files.save(checkpoint, path)
-        except CheckpointError as error:
-            self._failure = error
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint is written or has failed."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-
-    def finish(self) -> None:
-        """Wait for rank 0, which writes, and raise on every rank what went wrong there.
-
-        Raises:
-            CheckpointError: the last checkpoint could not be written.
-            FirstRankFailed: the same, on the other ranks.
-        """
-        ranks.first(self._finish)
-
-    def _finish(self) -> None:
-        self.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return checkpoint_files.load(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        path.unlink(missing_ok=True)
 
 
 class Checkpoints(Checkpoint):
     """Writes a checkpoint every so many tokens, after the last step, and on SIGTERM, SIGINT or SIGUSR1.
 
+    Files are `step-00000100.ckpt` beside their checksum. With the plugin `VerifiedCheckpointIO` they are written
+    while training goes on and are whole or not there. A signal ends training after the present step with
+    `Interrupted`, once a checkpoint is written; with several ranks all of them stop after the same step.
+
     Args:
         every_tokens: training tokens between checkpoints.
         keep: newest checkpoints kept; older ones are removed once a newer one is safely written.
-        asynchronous: training goes on while a copy of the state is written; it takes that much memory more.
-        sharded: with the strategy fsdp2, every rank writes its own part, and a checkpoint is a folder.
+        folder: where they go, or what says so when training begins; None: `checkpoints` in the Trainer's
+            default_root_dir.
     """
-
-    run_folder: RunFolder
-    cadence: Cadence
-    io: VerifiedCheckpointIO
 
     def __init__(
         self,
         every_tokens: int = 1_000_000,
         keep: int = 2,
-        asynchronous: bool = True,
-        sharded: bool = False,
+        folder: str | Path | Callable[[], Path] | None = None,
     ) -> None:
         require(every_tokens >= 1, "checkpoints.every_tokens", every_tokens, "it must be at least 1")
         require(keep >= 1, "checkpoints.keep", keep, "at least one checkpoint must stay")
         self.every_tokens = every_tokens
         self.keep = keep
-        self.asynchronous = asynchronous
-        self.sharded = sharded
+        self._asked_folder = folder
+        self._folder: Path | None = None
+        self._io: VerifiedCheckpointIO | None = None
+        self._tokens_per_step = 0
         self._samples: int | None = None
         """Samples trained up to the last step of this process; None before its first."""
-        self._handler_of_sigint: Any = None
+        self._handlers: dict[int, Any] = {}
+        self._ended = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether training ended with this checkpoint's step."""
+        return {"ended": self._ended}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are, from `setup` on."""
+        assert self._folder is not None, "known from setup on"
+        return self._folder
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        asked = self._asked_folder
+        if asked is None:
+            asked = Path(trainer.default_root_dir) / "checkpoints"
+        self._folder = asked() if callable(asked) else Path(asked)
+        io = trainer.strategy.checkpoint_io
+        self._io = io if isinstance(io, VerifiedCheckpointIO) else None
         # Lightning's handlers would take the place of ours, and send to the other ranks from within a handler.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
@@ -157,90 +90,131 @@ class Checkpoints(Checkpoint):
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
         # ranks are asked, once a step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        data.repeats_when_cut_off = data.streamed
-        data.asked_to_stop = lambda: signals.noted != 0
-        self._handler_of_sigint = signal.signal(signal.SIGINT, signals.note)
+        data = _streamed_data(trainer)
+        if data is not None:
+            data.hold_when_cut_off(lambda: signals.noted != 0)
+        self._take_signals()
         if signum := ranks.signalled():
             raise Interrupted(signum)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go_of_sigint()
+    def _take_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {signum: signal.signal(signum, signals.note) for signum in ASKS_TO_STOP}
 
-    def _let_go_of_sigint(self) -> None:
-        if self._handler_of_sigint is not None:
-            signal.signal(signal.SIGINT, self._handler_of_sigint)
-            self._handler_of_sigint = None
+    def _let_go_of_signals(self) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        if self._handlers.get(signal.SIGTERM) not in (None, signals.note):
+            signals.noted = 0  # of this training; nobody else asks
+        self._handlers = {}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go_of_signals()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if not data.streamed or not ranks.largest(data.cut_off is not None):
+        data = _streamed_data(trainer)
+        if data is None:
+            return
+        loader = data.train_loader
+        if not ranks.largest(loader.cut_off is not None):
             return
         # Weights are still those of the last step; the data goes back there.
-        checkpoint = checkpoint_files.of_step(self.run_folder.checkpoints, trainer.global_step)
-        if self._samples is not None and not ranks.first(lambda: checkpoint_files.is_whole(checkpoint)):
-            data.samples = self._samples
+        checkpoint = files.of_step(self.folder, trainer.global_step)
+        if self._samples is not None and not ranks.first(lambda: files.is_whole(checkpoint)):
+            loader.rewind(self._samples)
             self._settle(trainer)
-            trainer.save_checkpoint(checkpoint)
+            self._save(trainer, checkpoint)
             self._settle(trainer)
-        raise CutOff(data.cut_off or "")
+        raise CutOff(loader.cut_off or "")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self._tokens_per_step:
+            if not (isinstance(batch, dict) and "tokens" in batch):
+                raise BadInput(
+                    "Checkpoints counts tokens: it needs batches with `tokens`; use ModelCheckpoint"
+                )
+            micro_batch = batch["tokens"].numel() * trainer.world_size
+            self._tokens_per_step = micro_batch * trainer.accumulate_grad_batches
         # A step that is about to be validated is saved after its validation, so that a restart loses neither.
-        if stepped(trainer, batch_idx) and not self.cadence.validation_due(trainer):
+        if stepped(trainer) and not validation_follows(trainer):
             self._after_step(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and stepped(trainer):
             self._after_step(trainer)
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        is_last = step == trainer.max_steps
+        is_last = self._ended = _is_last_step(trainer)
         # A signal reaches ranks at different moments, or one of them alone: all stop after the same step.
-        signum = ranks.signalled()
-        if is_last or signum or self._is_regular(step):
-            self._settle(trainer)
-            trainer.save_checkpoint(checkpoint_files.of_step(self.run_folder.checkpoints, step))
-            if is_last or signum or not self.asynchronous:
+        has_failed = self._io is not None and self._io.has_failed
+        asked = int(ranks.largest(max(signals.noted, WRITING_FAILED * has_failed)))
+        signum = asked if asked < WRITING_FAILED else 0
+        if is_last or asked or self._is_regular(step):
+            self._settle(trainer)  # raises where writing failed
+            self._save(trainer, files.of_step(self.folder, step))
+            if is_last or signum or self._io is None or not self._io.asynchronous:
                 self._settle(trainer)
         if signum and not is_last:
             raise Interrupted(signum, step)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self._samples = data.samples
+        self._samples = getattr(getattr(data, "train_loader", None), "samples", None)
+
+    def _save(self, trainer: pl.Trainer, checkpoint: Path) -> None:
+        trainer.save_checkpoint(checkpoint)
+        if self._io is None and trainer.is_global_zero:
+            files.add_checksum(checkpoint)
 
     def _is_regular(self, step: int) -> bool:
-        return step % self.cadence.steps(self.every_tokens) == 0
+        return step % max(1, round(self.every_tokens / self._tokens_per_step)) == 0
 
     def _settle(self, trainer: pl.Trainer) -> None:
         """Wait for the checkpoint that is being written, and remove what it makes superfluous.
 
         The newest regular one stays too: to go back to, it must be there with or without a signal.
         """
-        self.io.finish()
-        if not trainer.is_global_zero:
+        if self._io is not None:
+            self._io.finish()
+        if not trainer.is_global_zero or not self.folder.is_dir():
             return
-        folder = self.run_folder.checkpoints
-        regular = [file for file in checkpoint_files.in_order(folder) if self._is_regular(step_of(file))]
-        checkpoint_files.prune(folder, self.keep, also=regular[-1:])
+        regular = [file for file in files.in_order(self.folder) if self._is_regular(step_of(file))]
+        files.prune(self.folder, self.keep, also=regular[-1:])
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._let_go_of_sigint()  # teardown comes after what ended well alone
-        self.io.wait()
+        self._let_go_of_signals()  # teardown comes after what ended well alone
+        if self._io is not None:
+            self._io.wait()
 
     def last_regular(self, before: int) -> Path | None:
         """The newest good checkpoint of a step below `before` that no signal caused, or None.
 
         Those that a signal caused do not count: a run that was never interrupted has none.
         """
-        self.io.wait()
-        return checkpoint_files.newest_verified(
-            self.run_folder.checkpoints,
+        if self._io is not None:
+            self._io.wait()
+        return files.newest_verified(
+            self.folder,
             lambda file: step_of(file) < before and self._is_regular(step_of(file)),
         )
+
+
+def _streamed_data(trainer: pl.Trainer) -> Any:
+    """The data module of a streamed corpus, which may be cut off; None for any other data."""
+    data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    return data if getattr(data, "streamed", False) else None
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether training ends with the optimizer step just taken."""
+    loop = trainer.fit_loop
+    if trainer.global_step == trainer.max_steps or (trainer.should_stop and loop._can_stop_early):
+        return True
+    epochs = trainer.current_epoch + 1
+    ends_epoch = loop.epoch_loop._num_ready_batches_reached()
+    return ends_epoch and trainer.max_epochs not in (None, -1) and epochs >= (trainer.max_epochs or 0)

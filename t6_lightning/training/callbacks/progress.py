@@ -11,29 +11,40 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from t6_lightning.common.console import console
 from t6_lightning.training.callbacks.cadence import stepped
-from t6_lightning.training.callbacks.monitor import Monitor
-from t6_lightning.training.module import T6Module
 
 SECONDS_BETWEEN_LINES = 15
 
+SHOWN = {"train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
+VALIDATED = {
+    "val/loss": "validation loss {:.4f}",
+    "val/perplexity": "perplexity {:.2f}",
+    "val/bits_per_byte": "bits per byte {:.4f}",
+}
+
 
 class TrainingProgress(ProgressBar):
-    """Takes Lightning's place for a progress bar; counts optimizer steps."""
+    """Takes the place of Lightning's progress bar; counts optimizer steps, and shows what is logged of them."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.monitor = monitor
         self.bar: Progress | None = None
         self._last_line = 0.0
+        self._is_silent = False
 
     def disable(self) -> None:
-        """Lightning silences ranks other than 0 so."""
-        console.quiet = True
+        """Lightning silences ranks other than 0 so, and every rank while it looks for a learning rate."""
+        self._is_silent = True
+
+    def enable(self) -> None:
+        self._is_silent = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if console.is_terminal:
+        total = trainer.estimated_stepping_batches
+        self._total = None if total == float("inf") else int(total)
+        if console.is_terminal and not self._is_silent:
+            steps = "step {task.completed:.0f}" + ("/{task.total:.0f}" if self._total else "")
             self.bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn(steps),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[text]}"),
                 TimeElapsedColumn(),
@@ -42,14 +53,14 @@ class TrainingProgress(ProgressBar):
                 console=console,
             )
             self.bar.start()
-            self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, text="")
+            self.task = self.bar.add_task("", total=self._total, completed=trainer.global_step, text="")
         self._started = time.monotonic()
         self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if stepped(trainer, batch_idx):
+        if stepped(trainer) and not self._is_silent:
             self._show(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,34 +68,44 @@ class TrainingProgress(ProgressBar):
             self.bar.update(self.task, text="validating …")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._is_silent:
             return
-        assert isinstance(pl_module, T6Module)
-        figures = pl_module.figures
-        console.print(
-            f"step {trainer.global_step}: validation loss {figures['val/loss']:.4f}, "
-            f"perplexity {figures['val/perplexity']:.2f}, bits per byte {figures['val/bits_per_byte']:.4f}"
-        )
+        if figures := _said(VALIDATED, trainer):
+            console.print(f"step {trainer.global_step}: {', '.join(figures)}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
     def _show(self, trainer: pl.Trainer) -> None:
-        latest = self.monitor.latest
-        if not latest:
-            return
-        text = f"loss {latest['train/loss']:.4f}  {latest['perf/tokens_per_second']:,.0f} tokens/s"
         if self.bar is not None:
+            text = "  ".join(_said(SHOWN, trainer))
             self.bar.update(self.task, completed=trainer.global_step, text=text)
             return
         now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if now - self._last_line >= SECONDS_BETWEEN_LINES and (said := _said(SHOWN, trainer)):
             self._last_line = now
-            done = trainer.global_step - self._first_step
-            left = (now - self._started) / done * (trainer.max_steps - trainer.global_step)
-            console.print(f"step {trainer.global_step}/{trainer.max_steps}: {text}, {duration(left)} left")
+            place = f"step {trainer.global_step}"
+            if self._total:
+                done = trainer.global_step - self._first_step
+                left = (now - self._started) / done * (self._total - trainer.global_step)
+                place, said = f"{place}/{self._total}", [*said[:-1], f"{said[-1]}, {duration(left)} left"]
+            console.print(f"{place}: {'  '.join(said)}")
+
+
+def _said(formats: dict[str, str], trainer: pl.Trainer) -> list[str]:
+    """Those of the metrics that are there, as text. Waits for the device where one of them is still on it."""
+    found = trainer.callback_metrics
+    return [text.format(float(found[name])) for name, text in formats.items() if name in found]
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Which launch of the decode kernel is the fastest: `python -m kernels.bench decode --launches`.
 
 `kernels.decode.launch.choose_launch` follows what this finds on an H100; on another GPU it says what that choice costs.
-Every launch of a case reads the same caches, one behind the other, as in `kernels.bench.decode_table`. Compiling takes
+Every launch of a case reads the same caches, one behind the other, as in `kernels.decode.bench_cases`. Compiling takes
 most of the time, so that other processes do it first.
 """
 
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
-from kernels.bench import decode_table
-from kernels.bench.decode_table import Case
 from kernels.bench.report import environment
-from kernels.bench.timing import copy_bandwidth, median
+from kernels.bench.timing import copy_bandwidth, graph_times, median
+from kernels.decode.bench_cases import Case, tpa_calls
+from kernels.decode.bench_table import where
 from kernels.decode.launch import Launch, Work, choose_launch, leaves_room
+
+HELP = "all launches of the Triton kernel beside the one that it takes (needs a GPU)"
 
 CACHE_BYTES = 2.7e8
 # Tokens while a launch is compiled: no number of them is a constant of the kernel.
@@ -72,40 +74,51 @@ def candidates(work: Work) -> list[Launch]:
     return list(dict.fromkeys(found))
 
 
-def run(device: torch.device, *, chosen: Sequence[Case] | None = None) -> dict[str, Any]:
-    """Seconds of every launch of every case, the one that `choose_launch` takes first; a failed one says why."""
+def run(
+    device: torch.device,
+    *,
+    chosen: Sequence[Case] | None = None,
+    save: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """Seconds of every launch of every case, the one that `choose_launch` takes first; a failed one says why.
+
+    `save` takes the result after each case; its "complete" is False until the last one.
+    """
     listed = cases() if chosen is None else list(chosen)
     launches = [candidates(_work(case, device)) for case in listed]
     _compile([(case, launch) for case, mine in zip(listed, launches, strict=True) for launch in mine], device)
     from kernels.decode import triton as kernel
 
-    rows = []
-    for case, mine in zip(listed, launches, strict=True):
-        torch.manual_seed(0)
-        calls = decode_table.tpa_calls(case, device)
-        timed = [{**asdict(launch), **_seconds(calls, launch)} for launch in mine]
-        known = [launch for launch in timed if "median_s" in launch]
-        row: dict[str, Any] = {**asdict(case), "cache_bytes": case.n_bytes, "launches": timed}
-        row["best"] = min(known, key=lambda launch: launch["median_s"]) if known else None
-        rows.append(row)
-        # As it goes: of a run that is stopped, this is what is left.
-        print(_line(row), file=sys.stderr, flush=True)
-        del calls
-    return {
+    save = save or (lambda result: None)
+    result: dict[str, Any] = {
         "operation": "decode launches",
         "dtype": "bfloat16",
         "copy_bytes_per_second": copy_bandwidth(device),
         **environment(device),
         "triton": kernel.triton.__version__,
-        "rows": rows,
+        "complete": False,
+        "rows": [],
     }
+    for case, mine in zip(listed, launches, strict=True):
+        torch.manual_seed(0)
+        calls = tpa_calls(case, device)
+        timed = [{**asdict(launch), **_seconds(calls, launch)} for launch in mine]
+        known = [launch for launch in timed if "median_s" in launch]
+        row: dict[str, Any] = {**asdict(case), "cache_bytes": case.n_bytes, "launches": timed}
+        row["best"] = min(known, key=lambda launch: launch["median_s"]) if known else None
+        result["rows"].append(row)
+        save(result)
+        print(_line(row), file=sys.stderr, flush=True)
+        del calls
+    result["complete"] = True
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown, one row a case: the launch that is taken and the fastest."""
     return "\n".join(
         [
-            f"{decode_table.where(result)}; a launch: tile, warps, stages, programs",
+            f"{where(result)}; a launch: tile, warps, stages, programs",
             "",
             "| h, d_h, R | T | layout | launches | taken | µs | fastest | µs | taken over fastest |",
             "| --- " * 9 + "|",
@@ -155,7 +168,7 @@ def _work(case: Case, device: torch.device) -> Work:
 
     with _launched(pick):
         try:
-            decode_table.tpa_calls(replace(case, tokens=FEW_TOKENS), device)[0]()
+            tpa_calls(replace(case, tokens=FEW_TOKENS), device)[0]()
         except _AskedError as asked:
             return asked.args[0]
     raise AssertionError(f"no launch was asked for: {case}")
@@ -164,7 +177,7 @@ def _work(case: Case, device: torch.device) -> Work:
 def _seconds(calls: Sequence[Callable[[], object]], launch: Launch) -> dict[str, Any]:
     with _launched(lambda work: launch):
         try:
-            return {"median_s": median(decode_table.graph_times(calls))}
+            return {"median_s": median(graph_times(calls))}
         except Exception as error:  # Triton has several for what does not fit
             return {"why_not": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
@@ -180,7 +193,7 @@ def _compile(work: Sequence[tuple[Case, Launch]], device: torch.device) -> None:
 
 
 def _compile_one(case: Case, launch: Launch, device: str) -> None:
-    calls = decode_table.tpa_calls(replace(case, tokens=FEW_TOKENS), torch.device(device))
+    calls = tpa_calls(replace(case, tokens=FEW_TOKENS), torch.device(device))
     with _launched(lambda work: launch):
         try:
             calls[0]()

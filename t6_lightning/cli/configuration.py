@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: configuration by presets, YAML and flags, through Lightning's CLI."""
+"""The configuration of fit, validate, test and predict: presets, YAML and flags, through Lightning's CLI."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -17,21 +19,22 @@ import yaml
 # Lightning calls methods that jsonargparse has renamed; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from datamodules import DATA_MODULES, corpora  # noqa: F401  (corpora: so that short names of data classes are known)
 from datamodules.base import TokenData
+from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 from t6_lightning.cli import trainer_settings
 from t6_lightning.common.errors import BadInput, reason_in
 from t6_lightning.distributed import launch
 from t6_lightning.model.backend import check_backend
-from t6_lightning.presets import config_file, settings
-from t6_lightning.runs.folder import resolve_checkpoint, run_of
+from t6_lightning.presets import config_file, preset_label, settings
+from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.cadence import Cadence
-from t6_lightning.training.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from t6_lightning.training.callbacks.checkpoints import Checkpoints
 from t6_lightning.training.callbacks.monitor import Monitor
 from t6_lightning.training.callbacks.progress import TrainingProgress
 from t6_lightning.training.callbacks.seeds import StepSeeds
@@ -93,6 +96,23 @@ def one_sentence(message: str, parser: LightningArgumentParser) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When checkpoints are written, which are kept, and how.
+
+    Attributes:
+        every_tokens: training tokens between checkpoints.
+        keep: newest checkpoints kept; older ones are removed once a newer one is safely written.
+        asynchronous: training goes on while a copy of the state is written; it takes that much memory more.
+        sharded: with the strategy fsdp2, every rank writes its own part, and a checkpoint is a folder.
+    """
+
+    every_tokens: int = 1_000_000
+    keep: int = 2
+    asynchronous: bool = True
+    sharded: bool = False
+
+
 class T6CLI(LightningCLI):
     """One parser per command; parses and builds, runs nothing."""
 
@@ -118,15 +138,16 @@ class T6CLI(LightningCLI):
             )
         finally:
             sys.argv = argv
+        check_backend(self.model.config, self.trainer.strategy.root_device)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "datamodules.PythonDocs"}})
         parser.link_arguments("model.net.context", "data.init_args.context")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_class_arguments(Cadence, "cadence")
-        parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_class_arguments(CheckpointOptions, "checkpoints")
         parser.add_class_arguments(SpikeGuard, "spikes")
-        parser.add_class_arguments(MLflowTracking, "tracking")
+        parser.add_class_arguments(MLflowTracking, "tracking", skip={"run"}, instantiate=False)
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
         parser.add_argument(
             "--ckpt_path",
@@ -170,42 +191,69 @@ class T6CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         built: Any = self.config_init
-        self.cadence: Cadence = built.cadence
-        self.checkpoints: Checkpoints = built.checkpoints
-        self.checkpoints.cadence = self.cadence
-        self.tracking: MLflowTracking = built.tracking
-        self.checkpoints.io = VerifiedCheckpointIO(self.checkpoints.asynchronous)
-        config = {**built.trainer, **kwargs, "plugins": [self.checkpoints.io]}
+        options: CheckpointOptions = built.checkpoints
+        config = {**built.trainer, **kwargs, "plugins": [VerifiedCheckpointIO(options.asynchronous)]}
+        callbacks: list[Callback] = []
         if self.command == "fit":
-            guard: SpikeGuard = built.spikes
-            guard.checkpoints = self.checkpoints
-            monitor = Monitor(self.cadence, guard, self.tracking)
-            # In this order: data position, then what is logged of it, then what is saved.
+            run = self.run
+            # In this order: what is decided of a step, then what is logged of it, then what is saved.
             callbacks = [
                 StepSeeds(int(self.config.seed_everything)),
-                self.cadence,
-                guard,
-                monitor,
-                TrainingProgress(monitor),
-                self.checkpoints,
+                built.cadence,
+                built.spikes,
+                Monitor(),
+                TrainingProgress(),
+                Checkpoints(options.every_tokens, options.keep, lambda: run.checkpoints),
             ]
-            config["logger"] = [self.tracking, *_as_list(config["logger"])]
+            tracking = MLflowTracking(**vars(self.config.tracking), run=run)
+            config["logger"] = [tracking, *_as_list(config["logger"])]
             config["profiler"] = _profiler(config["profiler"])
         else:
-            callbacks = []
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
             config["profiler"] = None  # a run's configuration may have one, of its training
         return launch.build_trainer(
-            lambda config: self._instantiate_trainer(config, callbacks), config, self.checkpoints.sharded
+            lambda config: self._instantiate_trainer(config, callbacks), config, options.sharded
         )
 
+    @cached_property
+    def run(self) -> RunFolder:
+        """The run that is trained: the one that is named, that of the checkpoint, or a new one."""
+        name, ckpt_path = self.config.run, self.config.ckpt_path
+        if name is not None:
+            return RunFolder(name)
+        preset = self.preset
+
+        def choose() -> str:
+            if ckpt_path is None:
+                return new_run_name(preset)
+            run = run_of(resolve_checkpoint(ckpt_path, None))
+            return new_run_name("from-checkpoint") if run is None else run.name
+
+        return RunFolder(choose)
+
     @property
-    def config_yaml(self) -> str:
+    def counts_epochs(self) -> bool:
+        """Whether the data must be read to tell how many steps the run has."""
+        return self.config.trainer.max_epochs != -1
+
+    @property
+    def preset(self) -> str:
+        """The name that the configuration goes by: the last of its files."""
+        files = [Path(str(file)) for file in self.config.get("config") or []]
+        return preset_label(files[-1]) if files else "custom"
+
+    @property
+    def settings(self) -> dict[str, Any]:
         """The resolved configuration without what names this one call, as `--config` reads it back."""
         config = self.config.clone()
         for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
             config.pop(name, None)
-        return self.parser.dump(config, skip_none=False)
+        settings = yaml.safe_load(self.parser.dump(config, skip_none=False))
+        if settings["cadence"]["tokens_per_step"] is None:
+            # Said in the run's configuration, it stays the same on another number of ranks.
+            data = self.datamodule
+            settings["cadence"]["tokens_per_step"] = data.batch_size * data.context * self.trainer.world_size
+        return settings
 
 
 def _profiler(chosen: Profiler | str | None) -> Profiler | None:
@@ -271,15 +319,11 @@ def _default_config(arguments: list[str]) -> Path:
     return config_file("quickstart")
 
 
-def main(arguments: list[str]) -> int:
-    """Run `fit`, `validate`, `test` or `predict`; `arguments` begins with the command."""
-    from t6_lightning.runs import fit as running
-
+def build(arguments: list[str]) -> T6CLI:
+    """Parse and build what a command line says; it begins with the command."""
     # Lightning sets its level at import; devices that are not there and tips are no news.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
     command, *rest = arguments
-    cli = T6CLI(command, with_config_files(command, rest))
-    check_backend(cli.model.config, cli.trainer.strategy.root_device)
-    return getattr(running, command)(cli)
+    return T6CLI(command, with_config_files(command, rest))
