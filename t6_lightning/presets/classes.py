@@ -33,7 +33,7 @@ def _base(place: str) -> type:
 
         return AttentionConfig
     if place == "model.schedule":
-        from t6_lightning.training.optim import Schedule
+        from t6_lightning.training.schedule import Schedule
 
         return Schedule
     if place == "data" or place.startswith("data.init_args.sources."):

@@ -251,12 +251,8 @@ def test_a_class_under_extends_is_what_it_is_on_the_command_line(
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
 
-    def parsed(arguments: list[str]) -> str:
-        cli = T6CLI.__new__(T6CLI)
-        with monkeypatch.context() as patch:
-            patch.setattr(T6CLI, "instantiate_classes", lambda self: None)
-            cli.__init__("fit", with_config_files("fit", arguments))
-        return cli.config_yaml
+    def parsed(arguments: list[str]) -> dict[str, object]:
+        return T6CLI("fit", with_config_files("fit", arguments)).settings
 
     assert parsed(["--config", "mine.yaml"]) == parsed(["--config", "quickstart", *flags])
 
