@@ -36,6 +36,15 @@ def fit(name: str, *arguments: str | Path, **options: Any) -> subprocess.Complet
     return run("fit", *TINY, "--run", name, *arguments, **options)
 
 
+def in_new_process(code: str, folder: Path) -> str:
+    """What Python code prints when it runs in a folder: classes that it defines stay unknown to this process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The one sentence with which a command line is refused."""
     from t6_lightning.__main__ import main

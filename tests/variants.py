@@ -1,8 +1,13 @@
-"""Every attention variant there is: the families found in the package, and the presets, shrunk by one rule."""
+"""Every attention variant there is: the families found in the package, and the presets, shrunk by one rule.
+
+The environment variable T6_VARIANTS names others to take in their place: modules and YAML files.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 
 import torch
 
@@ -10,6 +15,20 @@ from t6_lightning.model.attention import attention_configs
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 from t6_lightning.presets import load_net, model_presets
+
+NAMED = os.environ.get("T6_VARIANTS", "").split()
+FILES = [name for name in NAMED if name.endswith((".yaml", ".yml"))]
+MODULES = [importlib.import_module(name).__name__ for name in NAMED if name not in FILES]
+
+
+def families() -> dict[str, T6Config]:
+    """The families at their defaults."""
+    found = attention_configs()
+    if NAMED:
+        inside = tuple(f"{module}." for module in MODULES)
+        found = {name: cls for name, cls in found.items() if f"{cls.__module__}.".startswith(inside)}
+        assert found or FILES, f"T6_VARIANTS={' '.join(NAMED)!r} defines no attention family"
+    return {name: T6Config(attention=family()) for name, family in found.items()}
 
 
 def shrunk(config: T6Config) -> T6Config:
@@ -24,8 +43,8 @@ def shrunk(config: T6Config) -> T6Config:
 
 def variants() -> dict[str, T6Config]:
     """Families at their defaults and shrunk presets by name; equal ones once, under the first name."""
-    named = {name: T6Config(attention=family()) for name, family in attention_configs().items()}
-    for name in model_presets():
+    named = families()
+    for name in FILES if NAMED else model_presets():
         named[name] = load_net(name)
     distinct: dict[T6Config, str] = {}
     for name, config in named.items():
@@ -35,7 +54,7 @@ def variants() -> dict[str, T6Config]:
 
 def one_per_family() -> dict[str, T6Config]:
     """The smallest of each family: its defaults."""
-    return {name: shrunk(T6Config(attention=family())) for name, family in attention_configs().items()}
+    return {name: shrunk(config) for name, config in families().items()}
 
 
 def random_model(config: T6Config, dtype: torch.dtype = torch.float64) -> T6:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite, log
 from typing import Any, Literal
 
+from t6_lightning.common.classes import import_path
 from t6_lightning.common.errors import BadInput, require
-from t6_lightning.model.attention import AttentionConfig, attention_configs
+from t6_lightning.model.attention import AttentionConfig, attention_config
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.attention.tpa import TPAConfig
 
@@ -129,39 +131,65 @@ class T6Config:
         return 3 * self.forward_flops(((context or self.context) + 1) / 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, in the form of the YAML presets; `from_dict` reads it back."""
+        """Plain types only, in the form of the YAML presets; `from_dict` reads it back.
+
+        The attention's class goes by its import path, so that one of any module is found again.
+        """
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         init_args = dataclasses.asdict(self.attention)  # pyright: ignore[reportArgumentType]
-        plain["attention"] = {"class_path": type(self.attention).__name__, "init_args": init_args}
+        plain["attention"] = {"class_path": import_path(type(self.attention)), "init_args": init_args}
         return plain
 
     def architecture(self) -> dict[str, Any]:
         """`to_dict` without what a checkpoint does not fix."""
         return {name: value for name, value in self.to_dict().items() if name not in FREE}
 
+    def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields whose value in a checkpoint's architecture is another: dotted name -> (value there, value here).
+
+        What an earlier version saved is read first: a class by its short name equals the same class by its import
+        path, and a field that did not exist then has its default.
+
+        Raises:
+            BadInput: `saved` is no architecture, or its attention's class cannot be imported.
+        """
+        there = dict(_leaves(T6Config.from_dict(saved).architecture()))
+        here = dict(_leaves(self.architecture()))
+        names = sorted(there | here)
+        return {
+            name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)
+        }
+
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> T6Config:
         """The config that `to_dict` or a preset's `model.net` states.
 
+        The attention's class is a family's name, or an import path: its module is then imported, which runs its code.
+        See `t6_lightning.common.classes.import_class` for where it is looked for.
+
         Raises:
-            BadInput: an unknown field or attention family, or an impossible value.
+            BadInput: an unknown field or attention family, a class that cannot be imported, or an impossible value.
         """
         _require_mapping("net", plain, "the fields of a model")
         plain = dict(plain)
         chosen: Any = plain.pop("attention", None)
         if chosen is not None:
-            families = attention_configs()
             # A class by its name alone is what the command line takes too.
             chosen = {"class_path": chosen} if isinstance(chosen, str) else chosen
             _require_mapping("attention", chosen, "a class_path with its init_args")
-            name = str(chosen.get("class_path", "")).rpartition(".")[2]
             beside = sorted(set(chosen) - {"class_path", "init_args"})
             require(not beside, "attention", beside, "fields stand below init_args")
-            require(
-                name in families, "attention.class_path", name, f"choose one of {', '.join(sorted(families))}"
-            )
-            plain["attention"] = _build(families[name], chosen.get("init_args") or {}, "attention.")
+            family = attention_config(str(chosen.get("class_path", "")))
+            plain["attention"] = _build(family, chosen.get("init_args") or {}, "attention.")
         return _build(cls, plain, "")
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _require_mapping(name: str, value: Any, allowed: str) -> None:

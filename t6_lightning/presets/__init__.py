@@ -11,6 +11,7 @@ import yaml
 
 from t6_lightning.common.errors import BadInput
 from t6_lightning.model.config import T6Config
+from t6_lightning.presets.classes import find_class, kept_arguments
 
 FOLDER = Path(__file__).parent
 
@@ -60,8 +61,8 @@ def settings(file: Path) -> dict[str, Any]:
     """The settings of a preset or configuration file, those of the file that it `extends` included.
 
     `extends: NAME_OR_FILE` names a preset, or a file seen from the folder of the one that says so. Its settings hold
-    wherever this file says nothing: mappings are merged, everything else is replaced, and so is a mapping with
-    another class_path, whose init_args are another class's.
+    wherever this file says nothing: mappings are merged, everything else is replaced. Where this file names another
+    class_path, those init_args of the base stay that the new class accepts, as on the command line.
 
     Raises:
         BadInput: a file that is no text, no YAML or no mapping, a base that does not exist, or files that extend
@@ -87,21 +88,26 @@ def _settings(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     return _merged(_settings(base, (*above, file.resolve())), own)
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`base` with what `own` says instead."""
-
-    def class_name(mapping: dict[str, Any]) -> str:
-        return str(mapping.get("class_path", "")).rpartition(".")[2]
-
-    if "class_path" in own and class_name(own) != class_name(base):
-        return own
+def _merged(base: dict[str, Any], own: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """`base` with what `own` says instead; `place` is the dotted name of both."""
+    if "class_path" in own:
+        base = kept_arguments(base, own["class_path"], place)
     merged = dict(base)
     for name, value in own.items():
-        before = base.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            value = _merged(before, value)
+        before, inside = base.get(name), f"{place}.{name}" if place else name
+        # A class by its name alone, as the command line takes it too.
+        if isinstance(value, str) and isinstance(before, dict) and "class_path" in before:
+            value = _spelled_out(value, inside)
+        if isinstance(before, str) and isinstance(value, dict):
+            before = _spelled_out(before, inside)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = _merged(before, value, inside)
         merged[name] = value
     return merged
+
+
+def _spelled_out(name: str, place: str) -> str | dict[str, Any]:
+    return {"class_path": name} if find_class(name, place) else name
 
 
 class _Loader(yaml.SafeLoader):

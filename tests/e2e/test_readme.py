@@ -130,7 +130,11 @@ def test_the_flags_that_are_worth_knowing_exist(capsys: pytest.CaptureFixture[st
     assert [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", help_text)] == []
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+# Pages on adding something name modules of their own, and have tests that run them.
+PARSED = [page for page in sorted((ROOT / "docs").glob("*.md")) if not page.stem.startswith("adding-")]
+
+
+@pytest.mark.parametrize("page", PARSED, ids=lambda page: page.stem)
 def test_trainings_in_the_docs_parse(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

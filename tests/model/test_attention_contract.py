@@ -1,4 +1,7 @@
-"""What every attention variant must hold: all families and presets, new ones included, without a change here."""
+"""What every attention variant must hold: all families and presets, new ones included, without a change here.
+
+T6_VARIANTS="my_module my_model.yaml" holds the families of a module, or the model of a file, to it instead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from math import prod
 
 import pytest
 import torch
+from overrides import bypassed_overrides
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +46,12 @@ def tokens(config: T6Config) -> torch.Tensor:
     return random_tokens(config, 3, TOKENS)
 
 
+def test_no_override_is_bypassed(config: T6Config, tokens: torch.Tensor) -> None:
+    """What a derived layer says anew is called in training, prefill and decoding, or replaced there too."""
+    bypassed = bypassed_overrides(config, tokens)
+    assert not bypassed, "\n".join(bypassed)
+
+
 def layout_at(config: T6Config, positions: torch.Tensor) -> Layout:
     """Positions (T,) in float64 throughout, so that only the mathematics counts."""
     rope, width = config.attention.rope, config.attention.rope_width()
@@ -73,28 +83,32 @@ def test_cached_decoding_equals_the_full_forward(model: T6, tokens: torch.Tensor
     torch.testing.assert_close(logits, model(tokens), rtol=1e-10, atol=1e-11)
 
 
-@dataclass(frozen=True)
-class ForgetfulConfig(MHAConfig):
-    """MHA with a learned scale per head, which starts at one and which cached decoding forgets."""
+def forgetful() -> T6Config:
+    """Its classes are local: no family that others find."""
 
-    def build(self, d_model: int) -> ForgetfulAttention:
-        return ForgetfulAttention(self, d_model)
+    @dataclass(frozen=True)
+    class ForgetfulConfig(MHAConfig):
+        """MHA with a learned scale per head, which starts at one and which cached decoding forgets."""
 
+        def build(self, d_model: int) -> ForgetfulAttention:
+            return ForgetfulAttention(self, d_model)
 
-class ForgetfulAttention(MultiHeadAttention):
-    def __init__(self, config: MHAConfig, d_model: int) -> None:
-        super().__init__(config, d_model)
-        self.head_scale = nn.Parameter(torch.ones(config.n_heads))
+    class ForgetfulAttention(MultiHeadAttention):
+        def __init__(self, config: MHAConfig, d_model: int) -> None:
+            super().__init__(config, d_model)
+            self.head_scale = nn.Parameter(torch.ones(config.n_heads))
 
-    def attend(
-        self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, layout: Layout
-    ) -> torch.Tensor:
-        return super().attend(q_BTHD, k_BTGD, v_BTGE, layout) * self.head_scale[:, None]
+        def attend(
+            self, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, layout: Layout
+        ) -> torch.Tensor:
+            return super().attend(q_BTHD, k_BTGD, v_BTGE, layout) * self.head_scale[:, None]
+
+    return shrunk(T6Config(attention=ForgetfulConfig()))
 
 
 @pytest.mark.parametrize("pieces", [[1] * TOKENS, [5, 1, 4, 3]], ids=["single", "chunks"])
 def test_the_contract_notices_a_scale_that_decoding_forgets(pieces: list[int]) -> None:
-    config = shrunk(T6Config(attention=ForgetfulConfig()))
+    config = forgetful()
     model, tokens = random_model(config), random_tokens(config, 3, TOKENS)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         test_cached_decoding_equals_the_full_forward(model, tokens, pieces)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import in_new_process
 
 from t6_lightning import presets
 from t6_lightning.cli.configuration import T6CLI, with_config_files
@@ -176,19 +177,97 @@ def test_a_file_extends_a_preset_or_a_file_beside_it(tmp_path: Path) -> None:
     assert (net.d_model, net.attention.n_heads, net.attention.head_dim) == (48, 3, 32)
 
 
-def test_another_class_takes_no_arguments_of_the_old_one(tmp_path: Path) -> None:
+QUICKSTART = settings(presets.FOLDER / "quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    "spelled", ["{class_path: MHAConfig, init_args: {n_heads: 6}}", "{class_path: MHAConfig}", "MHAConfig"]
+)
+def test_another_class_keeps_the_arguments_that_it_has_too(tmp_path: Path, spelled: str) -> None:
+    write(tmp_path, other=f"extends: quickstart\nmodel: {{net: {{attention: {spelled}}}}}\n")
+    attention = settings(tmp_path / "other.yaml")["model"]["net"]["attention"]
+    n_heads = 6 if "6" in spelled else 8
+    assert attention == {"class_path": "MHAConfig", "init_args": {"n_heads": n_heads, "head_dim": 32}}
+
+
+def test_an_argument_whose_value_the_other_class_does_not_take_goes(tmp_path: Path) -> None:
     write(
         tmp_path,
-        other="extends: quickstart\nmodel: {net: {attention: {class_path: MHAConfig, init_args: {n_heads: 6}}}}\n",
-        same="extends: quickstart\nmodel: {net: {attention: {class_path: model.attention.tpa.TPAConfig}}}\n",
+        base="extends: quickstart\nmodel: {net: {attention: {init_args: {output_norm: true, rope: {dims: 8}}}}}\n",
+        other="extends: base.yaml\nmodel: {net: {attention: strict.StrictConfig}}\n",
     )
-    attention = settings(tmp_path / "other.yaml")["model"]["net"]["attention"]
-    assert attention == {"class_path": "MHAConfig", "init_args": {"n_heads": 6}}
+    (tmp_path / "strict.py").write_text(STRICT)
+    code = """
+from pathlib import Path
+from t6_lightning.presets import settings
+print(settings(Path("other.yaml"))["model"]["net"]["attention"])
+"""
+    kept = {"n_heads": 8, "head_dim": 32, "rope": {"dims": 8}}
+    expected = {"class_path": "strict.StrictConfig", "init_args": kept}
+    assert in_new_process(code, tmp_path) == str(expected)
+
+
+STRICT = """
+from dataclasses import dataclass
+from typing import Literal
+from t6_lightning.model.attention.mfa import MFAConfig
+
+@dataclass(frozen=True)
+class StrictConfig(MFAConfig):
+    output_norm: Literal["before", "after"] = "before"
+"""
+
+
+@pytest.mark.parametrize("spelled", ["TPAConfig", "t6_lightning.model.attention.tpa.TPAConfig"])
+def test_the_same_class_by_another_name_keeps_all(tmp_path: Path, spelled: str) -> None:
+    write(tmp_path, same=f"extends: quickstart\nmodel: {{net: {{attention: {{class_path: {spelled}}}}}}}\n")
     same = settings(tmp_path / "same.yaml")["model"]["net"]["attention"]
-    assert (
-        same["init_args"]
-        == settings(presets.FOLDER / "quickstart.yaml")["model"]["net"]["attention"]["init_args"]
-    )
+    assert same["init_args"] == QUICKSTART["model"]["net"]["attention"]["init_args"]
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "flags"),
+    [
+        ("model: {net: {attention: MLAConfig}}", ["--model.net.attention", "MLAConfig"]),
+        (
+            "model: {net: {attention: {class_path: MHAConfig, init_args: {n_kv_heads: 2}}}}",
+            ["--model.net.attention", "MHAConfig", "--model.net.attention.n_kv_heads", "2"],
+        ),
+        (
+            "model: {schedule: {class_path: WarmupStableDecay, init_args: {decay_steps: 7}}}",
+            ["--model.schedule", "WarmupStableDecay", "--model.schedule.decay_steps", "7"],
+        ),
+        (
+            "data: {class_path: TextFiles, init_args: {files: [a.txt]}}",
+            ["--data", "TextFiles", "--data.files", "[a.txt]"],
+        ),
+        ("data: {class_path: datamodules.FineWebEdu}", ["--data", "datamodules.FineWebEdu"]),
+    ],
+)
+def test_a_class_under_extends_is_what_it_is_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yaml_text: str, flags: list[str]
+) -> None:
+    write(tmp_path, mine=f"extends: quickstart\n{yaml_text}\n")
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(arguments: list[str]) -> dict[str, object]:
+        return T6CLI("fit", with_config_files("fit", arguments)).settings
+
+    assert parsed(["--config", "mine.yaml"]) == parsed(["--config", "quickstart", *flags])
+
+
+def test_presets_state_all_that_a_class_of_their_own_shares_with_the_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a preset describes the same model whatever its base says of another class."""
+    kept = {name: load_net(name) for name in model_presets()}
+    monkeypatch.setattr(presets, "kept_arguments", only_of_the_same_class)
+    assert {name: load_net(name) for name in model_presets()} == kept
+
+
+def only_of_the_same_class(before: dict[str, object], class_path: str, place: str) -> dict[str, object]:
+    return before if before.get("class_path") == class_path else {}
 
 
 def test_the_command_line_sees_what_load_net_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ class MHAConfig(AttentionConfig):
 
     @property
     def mechanism(self) -> str:
+        if type(self) is not MHAConfig:
+            return super().mechanism
         return "mha" if self.groups == self.n_heads else "mqa" if self.groups == 1 else "gqa"
 
     @property

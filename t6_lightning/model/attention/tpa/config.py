@@ -259,7 +259,7 @@ class TPAConfig(AttentionConfig):
 
     @property
     def mechanism(self) -> str:
-        parts = ["tpa"]
+        parts = [super().mechanism]  # a derived class goes by its own name
         parts += [] if self.factorize_q else ["kvonly"]
         parts += ["noncontextual-a"] if self.noncontextual_a else []
         parts += ["noncontextual-b"] if self.noncontextual_b else []

@@ -54,12 +54,17 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     """Q_t = (1/R_Q) A_Q(x_t)ᵀ RoPE(B_Q(x_t)), likewise K; V without RoPE (eq. 3.1 to 3.3), and their variants.
 
     The cache holds the factors of K and V that depend on the token, never K and V (section 3.3).
+
+    A derived class changes what is computed by `adapt_factors`, which training, prefill and decoding all call. Other
+    methods are not all called by each of them: kernels contract and decode factors without `expand` or `pair`.
     """
 
     def __init__(self, config: TPAConfig, d_model: int) -> None:
         super().__init__(config)
         width = config.n_heads * config.head_dim
         self._frozen: torch.Tensor | None = None
+        adapts = type(self).adapt_factors is not TensorProductAttention.adapt_factors
+        self._contracts_records = config.has_plain_factors and not adapts
         self.contextual = {name: f for name, f in config.factors().items() if f.contextual}
         for part in config.ranks:
             for letter in config.sizes:
@@ -93,6 +98,16 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
             weight = nn.Parameter(torch.empty(shape.rank, shape.size))
             setattr(self, name, weight)
         init_factor_(weight, self.config.init, shape, self.config.gain(letter))
+
+    def adapt_factors(self, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """For derived classes: new factors in place of those of new tokens.
+
+        Training contracts what this returns, and decoding caches it. The factors are all that depend on the token, by
+        name (`a_q`, `b_k`, ...; `TPAConfig.factors`), of shape (B, T, R, N): after their nonlinearity, before RoPE.
+        Names, shapes and dtypes must stay. What is returned for a token may depend on that token and on parameters
+        alone.
+        """
+        return factors
 
     def contextual_factors(self, x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
         """The factors (B, T, R, N) that depend on the token."""
@@ -128,7 +143,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
         for part in self.config.ranks:
             if f"a_{part}" in factors:
                 factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
-        return factors
+        return self.adapt_factors(factors)
 
     def _weights(self) -> tuple[list[torch.Tensor], list[int]]:
         """The factors' projections, and the numbers that each makes of a record."""
@@ -254,7 +269,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     def _heads(
         self, record_BTN: torch.Tensor, plain_q_BTHD: torch.Tensor | None, layout: Layout
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.config.has_plain_factors:
+        if self._contracts_records:
             starts, factors = self._starts(record_BTN.is_cuda), self.config.factors()
             parts = [
                 Part(
