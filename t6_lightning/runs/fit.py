@@ -253,15 +253,15 @@ def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = Fal
         BadInput: it is damaged or another model's.
     """
     state = files.load(checkpoint, whole)
-    there = dict(_leaves(state["hyper_parameters"]["net"]))
-    here = dict(_leaves(net.architecture()))
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
-    differ = [
-        name for name in sorted(there | here) if there.get(name) != here.get(name) and name not in shapeless
-    ]
+    differ = {
+        name: values
+        for name, values in net.differences(state["hyper_parameters"]["net"]).items()
+        if name not in shapeless
+    }
     if differ:
         named = "; ".join(
-            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differ[:4]
+            f"{name} is {there!r} there and {here!r} here" for name, (there, here) in list(differ.items())[:4]
         )
         raise BadInput(f"checkpoint {checkpoint} is of another architecture: {named}")
     return state
