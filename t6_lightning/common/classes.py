@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from t6_lightning.common.errors import BadInput, first_line, require
 
@@ -45,7 +45,7 @@ def import_class(path: str, base: type[Base], field: str) -> type[Base]:
     fits = isinstance(found, type) and issubclass(found, base)
     require(fits, field, path, f"it is not derived from {base.__name__}")
     require(not inspect.isabstract(found), field, path, "it is an abstract class; name one derived from it")
-    return found
+    return cast(type[Base], found)
 
 
 def _attribute(names: list[str], n_module: int, field: str) -> Any:
