@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kernels.bench import decode_table, suite, targets
+from kernels.bench import suite, targets
+from kernels.decode import bench_cases
 
 RECORDED = Path(__file__).parents[2] / "kernels" / "results"
 
@@ -22,7 +23,7 @@ def lines(results: targets.Results) -> dict[str, list[str]]:
 
 def decode_row(**changes: Any) -> dict[str, Any]:
     """A row of the decode table, as `kernels.bench decode --table` writes it."""
-    case = decode_table.Case(32, 64, 1, 16, 65_536)
+    case = bench_cases.Case(32, 64, 1, 16, 65_536)
     row = {**asdict(case), "layout": "padded", "cache_bytes": case.n_bytes, "group": "256 MB and more"}
     measured = {"median_s": 1e-4, "share_of_copy_bandwidth": 0.96, "times_one_dense_query": None}
     others = {"gqa8_s": 5.126e-4, "mqa_s": 5e-5, "reference_s": None}
