@@ -23,7 +23,7 @@ GENERATED = [
     *("paper/medium-tpa", "paper/medium-mla-as-released", "paper/medium-gqa", "paper/medium-mqa"),
     *("paper/medium-mha", "matched/medium-gqa-at-medium-tpa-cache", "matched/medium-mla-at-medium-tpa-cache"),
 ]
-TESTS = Path(__file__).parents[2] / "tests"
+TESTS = Path(__file__).parents[2] / "tests" / "kernels"
 
 
 def parts(folder: Path, reference: Path | None) -> dict[str, list[str]]:
