@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import yaml
 from datamodules.base import TokenData
 from t6_lightning.checkpoint import files, shards
 from t6_lightning.checkpoint.files import CheckpointError
+from t6_lightning.common.classes import import_class, import_path
 from t6_lightning.common.console import console
 from t6_lightning.common.errors import BadInput, SourceUnavailable, require
 from t6_lightning.distributed import fsdp2, launch, ranks
@@ -213,7 +213,9 @@ def changed_settings(run: RunFolder, settings: Mapping[str, Any]) -> list[str]:
     before = dict(_leaves(yaml.safe_load(run.config_file.read_text())))
     now = dict(_leaves(settings))
     names = [name for name in sorted(before | now) if not name.startswith(NOT_COMPUTED)]
-    names = [name for name in names if _now_called(name, before.get(name)) != now.get(name)]
+    names = [
+        name for name in names if _same_class(name, before.get(name)) != _same_class(name, now.get(name))
+    ]
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
 
 
@@ -226,17 +228,14 @@ NOT_COMPUTED = (
 """Settings that change nothing that is computed: where a run is logged, and over what it is spread."""
 
 
-def _now_called(name: str, value: Any) -> Any:
-    """The import path that a class has now, where it has moved since the configuration was written."""
+def _same_class(name: str, value: Any) -> Any:
+    """A class_path as the one path of its class, however it was written and wherever the class was then."""
     if not name.endswith("class_path") or not isinstance(value, str) or "." not in value:
         return value
-    module, _, qualname = value.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), qualname)
-    except (ImportError, AttributeError):
+        return import_path(import_class(value, object, name))
+    except BadInput:
         return value
-    # A package may offer a class that a module in it defines: `datamodules.PythonDocs`.
-    return value if found.__module__.startswith(module) else f"{found.__module__}.{found.__qualname__}"
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

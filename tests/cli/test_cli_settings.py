@@ -28,7 +28,7 @@ def test_every_preset_parses_and_survives_its_own_dump(preset: str, tmp_path: Pa
     again = T6CLI("fit", ["--config", str(tmp_path / "again.yaml")])
     assert again.settings == cli.settings
     written = cli.settings
-    assert written["model"]["net"]["attention"]["class_path"].startswith("t6_lightning.model.attention.")
+    assert written["model"]["net"]["attention"]["class_path"].startswith("t6_lightning.")
 
 
 @pytest.mark.parametrize(

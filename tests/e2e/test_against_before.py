@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,18 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def start(tree: Path, folder: Path, world: int, flags: list[str]) -> list[subprocess.Popen[bytes]]:
-    """Start `fit` of the version in `tree` on `world` ranks, as torchrun would; all it writes is below `folder`."""
+def start(
+    tree: Path, folder: Path, world: int, flags: list[str], home: Path | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """Start `fit` of the version in `tree` on `world` ranks, as torchrun would.
+
+    All it writes is below `folder`, its runs in `home` if one is given.
+    """
     command = [sys.executable, "-m", "t6_lightning", "fit", "--run", "steps", *settings(world), *flags]
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, (tree, FOLDER_OF_THIS_FILE))),
-        "T6_HOME": str(folder / "home"),
+        "T6_HOME": str(home or folder / "home"),
         RECORD_STEPS: str(folder),
         "OMP_NUM_THREADS": "1",
     }
@@ -128,3 +134,25 @@ def test_steps_are_those_of_the_commit_before(before: Path, tmp_path: Path, worl
             last = old[-1]["samples"][-1][-1]
             assert last > windows_at_most(tmp_path / "corpus"), "training crosses the end of the data"
     print(f"\n{corpus}, {world} rank(s): {compared} figures of {STEPS} steps equal those of {BEFORE[:7]}")
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1200)
+def test_a_run_of_the_commit_before_goes_on(before: Path, tmp_path: Path) -> None:
+    """Killed after its checkpoint, the same command of the working tree ends as if it had always been that."""
+    flags = write_corpus(tmp_path / "corpus")
+    through, killed, rest = tmp_path / "through", tmp_path / "killed", tmp_path / "rest"
+    finish(start(repository(), through, 1, flags), through)
+    (process,) = start(before, killed, 1, flags)
+    checkpoints = killed / "home" / "runs" / "steps" / "checkpoints"
+    while not list(checkpoints.glob("step-*.ckpt")):
+        assert process.poll() is None, (killed / "rank-0.txt").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finish(start(repository(), rest, 1, flags, killed / "home"), rest)
+    output = (rest / "rank-0.txt").read_text()
+    assert "going on from step-00000040.ckpt" in output, output
+    (_, expected, _), (_, found, _) = lines_of(through, 0), lines_of(rest, 0)
+    assert found == expected[40:]
+    print(f"\na run that {BEFORE[:7]} began: steps 41 to {STEPS} equal to the last bit")
