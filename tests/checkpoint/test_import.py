@@ -406,7 +406,7 @@ def test_a_disk_that_is_full(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files, "_write_and_sync", full)
+    monkeypatch.setattr(checkpoint_files, "_write", full)
     output = tmp_path / "out" / "x.ckpt"
     where = ["--config", str(config), "--output", str(output), "--tokenizer", "bytes"]
     assert main(["import", str(file), *where]) == 1
