@@ -47,7 +47,7 @@ class Training:
             tokens = torch.randint(net.vocab_size, (self.batch_size, self.context + 1))
         self.module.to(device)
         self.batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-        self.optimizer = self.module.configure_optimizers()
+        self.optimizer = self.module.optimizer_config.build(self.module)
         self.half = device.type == "cuda"
 
     def step(self) -> None:

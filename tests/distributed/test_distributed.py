@@ -321,7 +321,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_sentence(home: Path, one
     assert time.monotonic() - began < 120
     errors = (said / "rank-0.txt").read_text()
     assert (
-        errors.count("error: another rank is gone or answers no more, and the run stops: go on from step-")
+        errors.count("error: another rank is gone or does not answer, and the run stops: go on from step-")
         == 1
     )
     assert "with the same command" in errors

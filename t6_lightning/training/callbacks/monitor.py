@@ -36,7 +36,7 @@ class Monitor(pl.Callback):
         self._seconds = 0.0
         self._started: float | None = None
         self._waited = self._waited_before = 0.0
-        self._tokens = 0
+        self._tokens = self._tokens_of_step = 0
         self._tokens_of_run: int | None = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Monitor(pl.Callback):
         self._tokens_of_run = state_dict.get("tokens")  # version 0.1.0 did not count them
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tokens = 0
+        self._tokens = self._tokens_of_step = 0
         if self._tokens_of_run is None:
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             self._tokens_of_run = data.train_loader.samples * data.context
@@ -62,10 +62,15 @@ class Monitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         tokens = batch["tokens"].numel() * trainer.world_size
-        assert self._tokens_of_run is not None
         self._tokens += tokens
-        self._tokens_of_run += tokens
-        if stepped(trainer) and logs_step(trainer):
+        self._tokens_of_step += tokens
+        if not stepped(trainer):
+            return
+        assert self._tokens_of_run is not None
+        # Whole steps only: a checkpoint may be written for the last one while the next has begun.
+        self._tokens_of_run += self._tokens_of_step
+        self._tokens_of_step = 0
+        if logs_step(trainer):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
