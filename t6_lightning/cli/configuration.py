@@ -20,6 +20,7 @@ import yaml
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
@@ -204,7 +205,10 @@ class T6CLI(LightningCLI):
                 TrainingProgress(),
                 Checkpoints(options.every_tokens, options.keep, lambda: run.checkpoints),
             ]
-            config["callbacks"] = [*own, *_as_list(config["callbacks"])]
+            asked = _as_list(config["callbacks"])
+            if any(isinstance(callback, ProgressBar) for callback in asked):
+                own = [callback for callback in own if not isinstance(callback, ProgressBar)]
+            config["callbacks"] = [*own, *asked]
             tracking = MLflowTracking(**vars(self.config.tracking), run=run)
             config["logger"] = [tracking, *_as_list(config["logger"])]
             config["profiler"] = _profiler(config["profiler"])

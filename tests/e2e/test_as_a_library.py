@@ -382,6 +382,7 @@ def test_stock_callbacks_and_loggers_through_the_command_line(home: Path, tmp_pa
                             "init_args": {"monitor": "val/loss", "min_delta": 10.0, "patience": 1},
                         },
                         {"class_path": "LearningRateMonitor"},
+                        {"class_path": "RichProgressBar"},
                         {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}},
                     ],
                 },
