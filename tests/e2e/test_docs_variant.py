@@ -132,6 +132,7 @@ def test_a_checkpoint_whose_module_is_elsewhere_says_what_to_do(own_folder: Path
     assert run(generate, tmp_path, ROOT, PYTHONPATH=path, **elsewhere).startswith("def main")
 
 
+@pytest.mark.prove
 def test_the_contract_takes_a_module_of_ones_own(own_folder: Path) -> None:
     (line,) = CONTRACT_COMMAND
     variable, *words = shlex.split(line)
