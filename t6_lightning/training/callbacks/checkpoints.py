@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from t6_lightning.checkpoint import files
 from t6_lightning.checkpoint.files import step_of
@@ -149,6 +150,7 @@ class Checkpoints(Checkpoint):
             self._tokens_per_step = micro_batch * trainer.accumulate_grad_batches
         # A step that is about to be validated is saved after its validation, so that a restart loses neither.
         if stepped(trainer) and not validation_follows(trainer):
+            _log_now(trainer, pl_module)
             self._after_step(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,6 +212,23 @@ class Checkpoints(Checkpoint):
             self.folder,
             lambda file: step_of(file) < before and self._is_regular(step_of(file)),
         )
+
+
+def _log_now(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let Lightning hand the step's metrics to the loggers before a checkpoint of it is written, not after.
+
+    A process that is killed between the two would go on after a step that was never logged. Modules that log in their
+    own `on_train_batch_end`, which comes after all callbacks, are logged when Lightning does it.
+    """
+    if is_overridden("on_train_batch_end", module):
+        return
+    connector: Any = trainer._logger_connector
+    connector.update_train_step_metrics()
+
+    def once() -> None:
+        del connector.update_train_step_metrics  # of this object: Lightning's own call has been made already
+
+    connector.update_train_step_metrics = once
 
 
 def _streamed_data(trainer: pl.Trainer) -> Any:
