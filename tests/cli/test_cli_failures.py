@@ -294,8 +294,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_takes_another_configurati
         assert done.returncode == 0, done.stderr
         # The second start finds the run finished, of this configuration.
         assert (
-            done.stderr.count("run too-fast ended before its first checkpoint and is begun anew")
-            == 1 - number
+            done.stderr.count("run too-fast ended before its first checkpoint and begins again") == 1 - number
         )
     assert "model.optimizer.lr was 1e+30 and is 0.003" not in done.stderr
     now = folder.record["mlflow_run_id"]
