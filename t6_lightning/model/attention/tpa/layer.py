@@ -26,7 +26,7 @@ from kernels.linear.stacked import stack, stacked_linear
 from kernels.rope import rotate
 from t6_lightning.model.attention.base import AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import nonlinearity
-from t6_lightning.model.attention.tpa.config import TPAConfig
+from t6_lightning.model.attention.tpa.factorization import Factorization
 from t6_lightning.model.cache import LayerCache
 from t6_lightning.model.init import init_factor_
 from t6_lightning.model.norm import OUTPUT_NORM_EPS, RMSNorm
@@ -50,7 +50,7 @@ def predecessors(x_BMRN: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return before.masked_fill(starts[..., None, None], 0)
 
 
-class TensorProductAttention(AttentionLayer[TPAConfig]):
+class TensorProductAttention(AttentionLayer[Factorization]):
     """Q_t = (1/R_Q) A_Q(x_t)ᵀ RoPE(B_Q(x_t)), likewise K; V without RoPE (eq. 3.1 to 3.3), and their variants.
 
     The cache holds the factors of K and V that depend on the token, never K and V (section 3.3).
@@ -59,7 +59,7 @@ class TensorProductAttention(AttentionLayer[TPAConfig]):
     methods are not all called by each of them: kernels contract and decode factors without `expand` or `pair`.
     """
 
-    def __init__(self, config: TPAConfig, d_model: int) -> None:
+    def __init__(self, config: Factorization, d_model: int) -> None:
         super().__init__(config)
         width = config.n_heads * config.head_dim
         self._frozen: torch.Tensor | None = None
