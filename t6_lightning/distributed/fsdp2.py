@@ -113,12 +113,13 @@ class ShardedStrategy(ModelParallelStrategy):
             its last backward pass (SHARD_GRAD_OP of the first FSDP); else a block is gathered for each of its passes
             and its gradients are scattered after each (FULL_SHARD). None: where they take at most a quarter of a
             device's memory.
+        writes_shards: a checkpoint is a folder, of which each rank writes its own part.
     """
 
-    def __init__(self, keeps_whole: bool | None = None, **options: Any) -> None:
+    def __init__(self, keeps_whole: bool | None = None, writes_shards: bool = False, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
         self.keeps_whole = keeps_whole
-        self.writes_shards = False
+        self.writes_shards = writes_shards
 
     def setup_environment(self) -> None:
         if self._device_mesh is not None:

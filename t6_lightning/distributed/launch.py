@@ -136,13 +136,15 @@ def build_trainer(
         BadInput: a strategy or devices that are not there, tensor parallelism, or shards of a model that is not spread.
     """
     asked = config["strategy"]
+    options: dict[str, Any] = {"writes_shards": True} if shards else {}
     if isinstance(asked, str):
         name = asked.lower()  # as Lightning reads it
         is_lightnings = name.rpartition(".")[2] == "modelparallelstrategy"
-        config = config | {"strategy": "fsdp2" if is_lightnings else name}
+        name = "fsdp2" if is_lightnings else name
         known = ("auto", *StrategyRegistry.available_strategies())
         allowed = f"choose auto, ddp, {', '.join(n for n in known if n.startswith('fsdp2'))}, or another of Lightning's"
-        require(config["strategy"] in known, "trainer.strategy", asked, allowed)
+        require(name in known, "trainer.strategy", asked, allowed)
+        config = config | {"strategy": name}
     if isinstance(asked, ModelParallelStrategy):
         require(
             asked._tensor_parallel_size in ("auto", 1),
@@ -150,16 +152,15 @@ def build_trainer(
             asked._tensor_parallel_size,
             "the model is spread by parameters alone; leave it out",
         )
+        options |= {"process_group_backend": asked._process_group_backend, "timeout": asked._timeout}
         config = config | {"strategy": "fsdp2"}  # by name: Lightning's object refuses float64
+    is_spread = str(config["strategy"]).startswith("fsdp2")
+    require(is_spread or not shards, "checkpoints.sharded", shards, "it needs --trainer.strategy fsdp2")
+    if options:
+        options = StrategyRegistry[config["strategy"]]["init_params"] | options
+        StrategyRegistry.register("_fsdp2_as_asked", ShardedStrategy, override=True, **options)
+        config = config | {"strategy": "_fsdp2_as_asked"}
     try:
-        trainer = build(config)
+        return build(config)
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
-    strategy = trainer.strategy
-    is_spread = isinstance(strategy, ShardedStrategy)
-    require(is_spread or not shards, "checkpoints.sharded", shards, "it needs --trainer.strategy fsdp2")
-    if is_spread:
-        strategy.writes_shards = shards
-        if isinstance(asked, ModelParallelStrategy):
-            strategy._process_group_backend, strategy._timeout = asked._process_group_backend, asked._timeout
-    return trainer
