@@ -386,9 +386,9 @@ def test_a_killed_worker_is_told_in_one_sentence(make, monkeypatch):
         with pytest.raises(WorkerDied) as raised:  # noqa: PT012
             os.kill(victim.pid, signal.SIGKILL)
             if anywhere:  # the signal finds the main process in the middle of a step
-                time.sleep(10)
+                time.sleep(60)
             list(batches)
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 50
         said = str(raised.value)
         assert f"worker process {victim.pid} of the data loader was killed by signal: Killed" in said
         assert "the same command goes on from the last checkpoint" in said
