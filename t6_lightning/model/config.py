@@ -73,6 +73,7 @@ class T6Config:
         for name, allowed in (("attention_backend", BACKENDS), ("attention_saves", ("qkv", "factors"))):
             value = getattr(self, name)
             require(value in allowed, name, value, f"choose one of {', '.join(allowed)}")
+        self.attention.check_fields()
         if self.attention_backend == "triton":
             why_not = self.attention.why_not_triton()
             require(why_not is None, "attention_backend", "triton", why_not or "")

@@ -134,6 +134,9 @@ def _root(variance: float | None) -> float | None:
 
 def predicted(net: T6Config) -> dict[str, float | None]:
     """Standard deviations by name (`NAMES`), for layer inputs of unit RMS; None where there is no closed form."""
+    if not net.attention.states_its_spread():
+        embedding = _root(_stream_variances(net)[0])
+        return dict.fromkeys(NAMES) | {"embedding": embedding}
     variances: dict[str, float | None] = dict(net.attention.initial_variances(net.d_model))
     if net.attention.rope.decay not in (None, 1):
         variances |= {"q": None, "k": None}

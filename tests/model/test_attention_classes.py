@@ -181,3 +181,49 @@ def test_nothing_is_added_to_the_path_and_no_file_is_looked_for(tmp_path: Path) 
         with pytest.raises(BadInput):
             import_class(path, AttentionConfig, "attention.class_path")
     assert sys.path == before
+
+
+def test_mistakes_in_a_class_of_ones_own_are_told_in_a_sentence(folder: Path) -> None:
+    """Classes defined here would be families of every other test: they live in another process."""
+    (folder / "mistakes.py").write_text("""
+from dataclasses import dataclass
+from t6_lightning.model.attention.tpa import TensorProductAttention, TPAConfig
+
+class Bare(TPAConfig):
+    strength: float = 2.0
+
+@dataclass(frozen=True)
+class Partial(TPAConfig):
+    def build(self, d_model):
+        return PartialAttention(self, d_model)
+
+class PartialAttention(TensorProductAttention):
+    def adapt_factors(self, factors):
+        return {"a_k": factors["a_k"]}
+""")
+    code = """
+import torch
+from mistakes import Bare, Partial
+from t6_lightning.common.errors import BadInput
+from t6_lightning.model.config import T6Config
+from t6_lightning.model.init_report import NAMES, predicted
+from t6_lightning.model.t6 import T6
+try:
+    T6Config(attention=Bare())
+except BadInput as error:
+    print(error)
+config = T6Config(64, 32, 1, 16, Partial(n_heads=2, head_dim=16))
+try:
+    T6(config)(torch.zeros(1, 4, dtype=torch.long))
+except BadInput as error:
+    print(error)
+print([name for name in NAMES if predicted(config)[name] is not None])
+"""
+    bare, partial, known = in_new_process(code, folder).splitlines()
+    assert bare == (
+        "attention='Bare' is not possible: Bare.strength is no field: put @dataclass(frozen=True) above the class"
+    )
+    assert partial == (
+        "PartialAttention.adapt_factors must return the factors a_q, b_q, a_k, b_k, a_v, b_v, not a_k"
+    )
+    assert known == "['embedding']"

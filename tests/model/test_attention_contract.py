@@ -149,6 +149,9 @@ def test_only_distances_count(config: T6Config, model: T6) -> None:
 
 
 def test_parameters_and_cache_are_what_the_formulas_say(config: T6Config, model: T6) -> None:
+    sizes = {name: tuple(p.shape) for name, p in model.blocks[0].attention.named_parameters()}
+    stated, counted = config.attention.n_parameters(config.d_model), sum(map(prod, sizes.values()))
+    assert counted == stated, f"n_parameters() says {stated}, a layer has {counted}: {sizes}"
     assert sum(p.numel() for p in model.parameters()) == config.n_parameters()
     # What the layer really hands to the cache, and what the cache really allocates.
     x = torch.randn(2, 3, config.d_model, dtype=torch.float64)
@@ -189,6 +192,17 @@ def test_the_formulas_build_no_module(config: T6Config, monkeypatch: pytest.Monk
     monkeypatch.setattr(nn.Module, "__init__", refuse)
     costs = [config.n_parameters(), config.cache_bytes_per_token(2), config.training_flops()]
     assert all(cost > 0 for cost in [*costs, config.decode_flops(1024)])
+
+
+def test_every_parameter_is_trained(config: T6Config, model: T6, tokens: torch.Tensor) -> None:
+    model.zero_grad()
+    model.train()
+    model.loss(tokens, tokens.roll(-1, dims=1)).backward()
+    model.eval()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient: nothing uses it"
+        assert parameter.grad.any(), f"{name} has a gradient of zero: nothing uses it"
+    model.zero_grad()
 
 
 def test_bf16_forward_and_backward_are_finite(config: T6Config, tokens: torch.Tensor) -> None:

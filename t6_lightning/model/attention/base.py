@@ -7,6 +7,8 @@ D head dimension, E value dimension, C d_model, W turned dimensions.
 from __future__ import annotations
 
 import abc
+import dataclasses
+import inspect
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -98,6 +100,15 @@ class AttentionConfig(abc.ABC):
         """
         return {"q": 1 / 3, "k": 1 / 3, "v": 1 / 3}
 
+    def states_its_spread(self) -> bool:
+        """Whether `initial_variances` can hold: a class outside this package with a layer of its own must say them."""
+        for cls in type(self).__mro__:
+            if "initial_variances" in vars(cls):
+                return True
+            if "build" in vars(cls) and not cls.__module__.startswith(f"{__package__}."):
+                return False
+        return False
+
     def why_not_triton(self) -> str | None:
         """Why `attention_backend: triton` cannot run this variant on any device, or None."""
         return f"{self.mechanism} has no factors, which is what the Triton kernels contract and decode"
@@ -108,6 +119,17 @@ class AttentionConfig(abc.ABC):
             value = getattr(self, field)
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
             require(fits, f"attention.{field}", value, f"it must be an integer >= {least}")
+
+    def check_fields(self) -> None:
+        """Refuse a class whose fields were never made, for want of @dataclass: they would be without effect."""
+        fields = {field.name for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        for cls in type(self).__mro__:
+            if not issubclass(cls, AttentionConfig) or cls is AttentionConfig:
+                continue
+            for name, kind in inspect.get_annotations(cls).items():
+                taken = name in fields or "ClassVar" in str(kind)
+                why = f"{cls.__name__}.{name} is no field: put @dataclass(frozen=True) above the class"
+                require(taken, "attention", cls.__name__, why)
 
     def check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
         """Refuse a value that is none of `allowed`."""

@@ -24,6 +24,7 @@ from kernels.factors import query_and_key
 from kernels.linear import linear
 from kernels.linear.stacked import stack, stacked_linear
 from kernels.rope import rotate
+from t6_lightning.common.errors import BadInput
 from t6_lightning.model.attention.base import AttentionLayer, Keys, Layout
 from t6_lightning.model.attention.head_factors import nonlinearity
 from t6_lightning.model.attention.tpa.factorization import Factorization
@@ -143,7 +144,13 @@ class TensorProductAttention(AttentionLayer[Factorization]):
         for part in self.config.ranks:
             if f"a_{part}" in factors:
                 factors[f"a_{part}"] = self._nonlinear(factors[f"a_{part}"], part)
-        return self.adapt_factors(factors)
+        adapted = self.adapt_factors(factors)
+        if adapted.keys() != factors.keys():
+            raise BadInput(
+                f"{type(self).__name__}.adapt_factors must return the factors {', '.join(factors)},"
+                f" not {', '.join(adapted)}"
+            )
+        return adapted
 
     def _weights(self) -> tuple[list[torch.Tensor], list[int]]:
         """The factors' projections, and the numbers that each makes of a record."""
