@@ -34,6 +34,7 @@ def config_of(cli: T6CLI) -> RunConfig:
     config = cli.config
     return RunConfig(
         settings=cli.settings,
+        as_now=cli.as_now,
         preset=cli.preset,
         seed=config.seed_everything,
         ckpt_path=config.ckpt_path,
