@@ -32,6 +32,7 @@ from t6_lightning.common.errors import BadInput, reason_in
 from t6_lightning.distributed import launch
 from t6_lightning.model.backend import check_backend
 from t6_lightning.presets import RECIPES, config_file, preset_label, recipe_table, settings
+from t6_lightning.runs.fit import leaves
 from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.cadence import Cadence
@@ -260,6 +261,27 @@ class T6CLI(LightningCLI):
         """The name that the configuration goes by: the last of its files."""
         files = [Path(str(file)) for file in self.config.get("config") or []]
         return preset_label(files[-1]) if files else "custom"
+
+    @property
+    def recipe_settings(self) -> dict[str, Any]:
+        """What the recipe decides in these files, by the names of flags, with the values that the run has."""
+        recipe = self.config.recipe
+        table = recipe_table(recipe)
+        decided = (
+            {name for name, _ in leaves(settings(table)) if not name.endswith("class_path")}
+            if table
+            else set()
+        )
+        for path in self.config.get("config") or []:
+            usual = dict(leaves(settings(Path(str(path)), RECIPES[0])))
+            found = leaves(settings(Path(str(path)), recipe))
+            decided |= {name for name, value in found if name not in usual or usual[name] != value}
+        resolved = {name: value for name, value in leaves(self.settings) if name != "recipe"}
+        return {
+            name.replace("init_args.", "").removesuffix(".class_path"): value
+            for name, value in resolved.items()
+            if name in decided
+        }
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -213,10 +213,10 @@ def changed_settings(run: RunFolder, config: RunConfig) -> list[str]:
     if not run.exists:
         return []
     saved = yaml.safe_load(run.config_file.read_text())
-    now = dict(_leaves(config.settings))
-    before = dict(_leaves(saved))
+    now = dict(leaves(config.settings))
+    before = dict(leaves(saved))
     if before.keys() != now.keys():  # of another version, or with other classes
-        before = dict(_leaves(config.as_now(saved)))
+        before = dict(leaves(config.as_now(saved)))
     names = [name for name in sorted(before | now) if not name.startswith(NOT_COMPUTED)]
     names = [
         name for name in names if _same_class(name, before.get(name)) != _same_class(name, now.get(name))
@@ -243,11 +243,12 @@ def _same_class(name: str, value: Any) -> Any:
         return value
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
+def leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of dotted name and value."""
+    found = []
     for name, value in values.items():
-        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return leaves
+        found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return found
 
 
 def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = False) -> dict[str, Any]:

@@ -58,8 +58,8 @@ class T6Module(pl.LightningModule):
             there; off, as the paper trains, windows are read as one text.
         compile: compile one block and reuse it for all layers.
         summed_losses: n: an optimizer step's gradient is that of n times its mean loss, as in code that adds the mean
-            losses of n micro-batches and never divides by n. Clipping then acts on n times the gradient. None: as many as
-            the micro-batches of each rank.
+            losses of n micro-batches and never divides by n. Clipping then acts on n times the gradient. None: as
+            many as the micro-batches of each rank.
         recompute: what the backward pass computes again instead of keeping: "none"; "selective", what is cheap;
             "full", each block but its input.
     """
