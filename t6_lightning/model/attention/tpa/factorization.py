@@ -309,6 +309,16 @@ class Factorization(AttentionConfig):
         per_key = 2 * (width * (rank_k + rank_v) + weighting)
         return self._projection_flops(d_model) + query + per_key * keys
 
+    def appendix_a_flops(self, d_model: int, keys: float) -> float | None:
+        # Q, K and V all stay factors: products of B_Q and B_K for each pair of ranks, weighted by a of both in each
+        # head, and B_V for each head and rank (algorithm 2). A plain Q has a row for each head in place of B_Q.
+        if self.order > 2:
+            return None
+        terms = 2 if self.kv_shift else 1
+        rank_k, rank_v, h, d_h = terms * self.rank_k, terms * self.rank_v, self.n_heads, self.head_dim
+        scores = self.rank_q * rank_k * (d_h + h) if self.factorize_q else h * rank_k * (d_h + 1)
+        return self._projection_flops(d_model) + 2 * (scores + h * rank_v * d_h) * keys
+
     def rope_width(self) -> int:
         if self.rope_at == "factors":
             field = "attention.head_dim" if self.order == 2 else "attention.feature_dims"
