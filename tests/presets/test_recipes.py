@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,23 @@ def test_unknown_recipes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     said = refused(capsys, "fit", "--model.net.attention.init_q", "normal", "--dry_run")
     assert "init_q='normal' is not possible: choose one of linear, xavier" in said
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "paper-and-release.md").read_text()
+
+
+def test_the_page_names_what_the_recipe_decides_and_its_example_works(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+    file = tmp_path / "example.yaml"
+    file.write_text(example)
+    cli = parsed("--config", file, "--data", "PythonDocs", *SMALL)
+    assert (cli.model.summed_losses, cli.model.schedule.factor(0, 9), cli.settings["recipe"]) == (
+        1,
+        0,
+        "released",
+    )
+    for name in cli.recipe_settings:
+        assert name.rpartition(".")[2] in PAGE, name
 
 
 # --- runs of versions before these settings ---
