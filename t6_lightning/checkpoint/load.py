@@ -9,17 +9,40 @@ import torch
 
 from datamodules.tokenizer import Tokenizer
 from t6_lightning.checkpoint import files
+from t6_lightning.common.errors import BadInput
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and what it was trained with."""
+    """A model in evaluation mode, and what it was trained with.
 
+    Attributes:
+        checkpoint: the file or folder that it was read from.
+        model: on the device where it runs.
+        saved_tokenizer: None in a checkpoint that was imported without one.
+        confine_to_documents: as in training.
+    """
+
+    checkpoint: Path
     model: T6
-    tokenizer: Tokenizer
+    saved_tokenizer: Tokenizer | None
     confine_to_documents: bool
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What text is read and written with.
+
+        Raises:
+            BadInput: the checkpoint has none.
+        """
+        if self.saved_tokenizer is None:
+            raise BadInput(
+                f"checkpoint {self.checkpoint} has no tokenizer, which reading and writing text needs: "
+                "import it again with --tokenizer NAME_OR_FOLDER"
+            )
+        return self.saved_tokenizer
 
 
 def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
@@ -40,7 +63,9 @@ def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     confined = bool(state["hyper_parameters"].get("confine_to_documents", False))
-    return Trained(model.to(device).eval(), Tokenizer.from_json(state["tokenizer"]), confined)
+    saved = state["tokenizer"]
+    tokenizer = None if saved is None else Tokenizer.from_json(saved)
+    return Trained(checkpoint, model.to(device).eval(), tokenizer, confined)
 
 
 def load(checkpoint: str | Path, device: str | None = None) -> tuple[T6, Tokenizer]:
@@ -51,7 +76,7 @@ def load(checkpoint: str | Path, device: str | None = None) -> tuple[T6, Tokeniz
         device: where the model goes; None: the GPU where there is one, else the CPU.
 
     Raises:
-        BadInput: no such checkpoint, or a damaged one.
+        BadInput: no such checkpoint, a damaged one, or one without a tokenizer, whose model `load_trained` gives.
     """
     trained = load_trained(Path(checkpoint), device)
     return trained.model, trained.tokenizer

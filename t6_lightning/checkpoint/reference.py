@@ -1,4 +1,4 @@
-"""State dicts of the paper's public code: how they are read, what they were trained as, and how they become ours.
+"""State dicts of the paper's public code: what they were trained as, and how they become ours.
 
 Source: Zhang et al., 2025 (arXiv 2501.06425) and its public code, github.com/tensorgi/TPA.
 """
@@ -6,15 +6,13 @@ Source: Zhang et al., 2025 (arXiv 2501.06425) and its public code, github.com/te
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from t6_lightning.checkpoint.reference_files import EMBEDDING, TIED
 from t6_lightning.common.errors import BadInput, require
 from t6_lightning.model.attention import AttentionConfig
 from t6_lightning.model.attention.mha import MHAConfig
@@ -24,12 +22,9 @@ from t6_lightning.model.config import T6Config
 
 State = Mapping[str, torch.Tensor]
 
-EMBEDDING, TIED = "transformer.wte.weight", "lm_head.weight"
 OUTPUT_NORM = "attn.subln.weight"
-
-# Keys under which training scripts keep the weights, and what wrappers put into the weights' names.
-CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-WRAPPERS = ("_orig_mod", "module", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+FREQUENCIES = "inv_freq"
+"""Last part of the name of RoPE's frequencies, which some versions of the code save: they are recomputed."""
 
 # What tells the mechanisms apart, the telling one first.
 SIGNS = {
@@ -38,75 +33,6 @@ SIGNS = {
     "attn.kv_b_proj.weight": "MLA",
     "attn.c_k.weight": "MHA, GQA or MQA",
 }
-
-
-# --- reading ---
-
-
-def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """The weights of a torch file (.pt, .bin) or a safetensors file, by their names in the public code.
-
-    The format is told by the content. Wrappings of training scripts, `torch.compile` and distributed training
-    are taken off.
-
-    Raises:
-        BadInput: no such file, damaged, no state dict, or with code in it, which is never run.
-    """
-    require(file.is_file(), "REFERENCE_FILE", str(file), "there is no such file")
-    content = _load(file)
-    while isinstance(content, dict) and not _holds_weights(content):
-        inner = (content[name] for name in CONTAINERS if isinstance(content.get(name), dict))
-        content = next(inner, None)
-    if content is None or not isinstance(content, dict):
-        raise BadInput(f"{file} holds no state dict of the public code: no {EMBEDDING} or {TIED} is in it")
-    state: dict[str, torch.Tensor] = {}
-    for name, value in content.items():
-        if not isinstance(name, str):
-            raise BadInput(f"{file} is no state dict of the public code: {name!r} names no weight")
-        bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if bare in state:
-            raise BadInput(f"{file} holds {bare} twice, in different wrappings")
-        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not dense or not value.is_floating_point():
-            raise BadInput(
-                f"{file} is no state dict of the public code: {name} is no matrix of floating numbers"
-            )
-        if not value.float().isfinite().all():
-            raise BadInput(f"{file} cannot be used: {name} holds numbers that are infinite or not numbers")
-        state[bare] = value
-    return state
-
-
-def _load(file: Path) -> Any:
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if start[8:] == b"{":  # eight bytes of length, then a JSON header
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except (SafetensorError, ValueError) as error:
-            raise BadInput(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise BadInput(
-                f"{file} holds more than weights ({code[1]}), and code in files is never run: save the state dict alone"
-            ) from error
-        raise BadInput(f"{file} cannot be read: it is neither a torch file nor safetensors") from error
-    except Exception as error:  # zipfile, pickle and torch errors all mean the same to the user
-        raise BadInput(f"{file} cannot be read as a torch file: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _holds_weights(content: Mapping[Any, Any]) -> bool:
-    return any(isinstance(name, str) and name.endswith((EMBEDDING, TIED)) for name in content)
 
 
 # --- names and layouts ---
@@ -262,6 +188,27 @@ def _some(names: list[str]) -> str:
     return f"{names[0]}{more}"
 
 
+def _is_frequencies(name: str) -> bool:
+    return name.rpartition(".")[2] == FREQUENCIES
+
+
+def _check_frequencies(state: State, config: T6Config) -> None:
+    """Saved frequencies may be left out where they are those that `config` recomputes."""
+    width = config.attention.rope_width()
+    pairs = torch.arange(0, width, 2, dtype=torch.float64)
+    expected = config.rope_base ** (-pairs / max(width, 1))
+    for name, value in state.items():
+        if not _is_frequencies(name):
+            continue
+        found = value.double().flatten()
+        # They may have been saved in bfloat16, which keeps 8 bits.
+        if len(found) != len(expected) or ((found - expected).abs() > expected / 2**8).any():
+            raise BadInput(
+                f"{name} in the file is not what rope_base={config.rope_base:g} gives for {width} rotated "
+                "dimensions: the model was trained with another RoPE"
+            )
+
+
 def convert(state: State, config: T6Config) -> dict[str, torch.Tensor]:
     """The state dict of `T6(config)` with the weights of the public code's `state`, in their dtype.
 
@@ -270,8 +217,10 @@ def convert(state: State, config: T6Config) -> dict[str, torch.Tensor]:
         config: of `as_trained`.
 
     Raises:
-        BadInput: a missing or unexpected name, or a wrong shape.
+        BadInput: a missing or unexpected name, a wrong shape, or the frequencies of another RoPE.
     """
+    _check_frequencies(state, config)
+    state = {name: value for name, value in state.items() if not _is_frequencies(name)}
     layer = layer_weights(config)
     indices = {int(match[1]) for name in state if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     if len(indices) != config.n_layers:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 import yaml
@@ -31,7 +31,8 @@ from t6_lightning.cli import trainer_settings
 from t6_lightning.common.errors import BadInput, reason_in
 from t6_lightning.distributed import launch
 from t6_lightning.model.backend import check_backend
-from t6_lightning.presets import config_file, preset_label, settings
+from t6_lightning.presets import RECIPES, config_file, preset_label, recipe_table, settings
+from t6_lightning.runs.fit import leaves
 from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.cadence import Cadence
@@ -65,9 +66,14 @@ MACHINE = ("trainer.devices", "trainer.num_nodes")
 class Parser(LightningArgumentParser):
     """Reads files with what they extend worked in, and says what is wrong in one sentence."""
 
+    def __init__(self, *args: Any, recipe: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """jsonargparse's reading of a configuration file: here as text, so that nothing is written to disk."""
-        return self.parse_string(yaml.safe_dump(settings(Path(path)), sort_keys=False), path, *args, **kwargs)
+        found = settings(Path(path), self.recipe)
+        return self.parse_string(yaml.safe_dump(found, sort_keys=False), path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadInput(one_sentence(message, self)) from ex
@@ -131,7 +137,11 @@ class T6CLI(LightningCLI):
                 trainer_defaults=dict(trainer_settings.DEFAULTS),
                 seed_everything_default=0,
                 parser_class=Parser,
-                parser_kwargs={"prog": f"python -m t6_lightning {command}", "description": __doc__},
+                parser_kwargs={
+                    "prog": f"python -m t6_lightning {command}",
+                    "description": __doc__,
+                    "recipe": _value_of("--recipe", arguments),
+                },
                 args=arguments,
                 run=False,
                 auto_configure_optimizers=False,
@@ -149,6 +159,12 @@ class T6CLI(LightningCLI):
         parser.add_class_arguments(CheckpointOptions, "checkpoints")
         parser.add_class_arguments(SpikeGuard, "spikes")
         parser.add_class_arguments(MLflowTracking, "tracking", skip={"run"}, instantiate=False)
+        parser.add_argument(
+            "--recipe",
+            type=Literal["paper", "released"],
+            default=RECIPES[0],
+            help="Defaults of what the paper and its released trainer have differently.",
+        )
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder.")
         parser.add_argument(
             "--ckpt_path",
@@ -247,17 +263,51 @@ class T6CLI(LightningCLI):
         return preset_label(files[-1]) if files else "custom"
 
     @property
+    def recipe_settings(self) -> dict[str, Any]:
+        """What the recipe decides in these files, by the names of flags, with the values that the run has."""
+        recipe = self.config.recipe
+        table = recipe_table(recipe)
+        decided = (
+            {name for name, _ in leaves(settings(table)) if not name.endswith("class_path")}
+            if table
+            else set()
+        )
+        for path in self.config.get("config") or []:
+            usual = dict(leaves(settings(Path(str(path)), RECIPES[0])))
+            found = leaves(settings(Path(str(path)), recipe))
+            decided |= {name for name, value in found if name not in usual or usual[name] != value}
+        resolved = {name: value for name, value in leaves(self.settings) if name != "recipe"}
+        return {
+            name.replace("init_args.", "").removesuffix(".class_path"): value
+            for name, value in resolved.items()
+            if name in decided
+        }
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration without what names this one call, as `--config` reads it back."""
-        config = self.config.clone()
+        settings = self._plain(self.config)
+        # Said in the run's configuration, these stay the same on another number of ranks.
+        cadence, data, ranks = settings["cadence"], self.datamodule, self.trainer.world_size
+        if cadence["tokens_per_step"] is None:
+            cadence["tokens_per_step"] = data.batch_size * data.context * ranks
+        if settings["model"]["summed_losses"] is None:
+            micro_batches = Cadence(cadence["tokens_per_step"]).micro_batches
+            settings["model"]["summed_losses"] = micro_batches(data.batch_size, data.context, ranks)
+        return settings
+
+    def as_now(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """A run's configuration as this version reads it: what it does not have yet has its default."""
+        try:
+            return self._plain(self.parser.parse_object(settings))
+        except ValueError:  # no configuration of this version: it differs, whatever is read
+            return settings
+
+    def _plain(self, config: Any) -> dict[str, Any]:
+        config = config.clone()
         for name in ("config", "run", "ckpt_path", "init_from", "dry_run", *MACHINE):
             config.pop(name, None)
-        settings = yaml.safe_load(self.parser.dump(config, skip_none=False))
-        if settings["cadence"]["tokens_per_step"] is None:
-            # Said in the run's configuration, it stays the same on another number of ranks.
-            data = self.datamodule
-            settings["cadence"]["tokens_per_step"] = data.batch_size * data.context * self.trainer.world_size
-        return settings
+        return yaml.safe_load(self.parser.dump(config, skip_none=False))
 
 
 def _profiler(chosen: Profiler | str | None) -> Profiler | None:
@@ -290,9 +340,10 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 def with_config_files(command: str, arguments: list[str]) -> list[str]:
     """Replace preset names by their files; without `--config`, take the checkpoint's run, or `quickstart`.
 
-    Files come first, in their order: flags win over them wherever they stand on the command line.
+    Files come first, in their order: flags win over them wherever they stand on the command line. Before them all
+    comes the table of the recipe, which is the one of `--recipe`, or the last that a file states.
     """
-    files: list[str] = []
+    files: list[Path] = []
     flags: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -306,12 +357,17 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
         name = value if equals else next(words, None)
         if name is None:
             raise BadInput("--config needs a preset or a YAML file")
-        files.append(f"--config={config_file(name)}")
-    if files:
-        return [*files, *flags]
-    if {"-h", "--help"} & set(arguments):
+        files.append(config_file(name))
+    if not files and {"-h", "--help"} & set(arguments):
         return flags
-    return [f"--config={_default_config(arguments)}", *flags]
+    files = files or [_default_config(arguments)]
+    recipe = _value_of("--recipe", flags)
+    if recipe is None:
+        stated = [found["recipe"] for found in map(settings, files) if "recipe" in found]
+        recipe = stated[-1] if stated else RECIPES[0]
+        flags.append(f"--recipe={recipe}")
+    table = recipe_table(recipe)
+    return [*(f"--config={file}" for file in ([table] if table else []) + files), *flags]
 
 
 def _default_config(arguments: list[str]) -> Path:

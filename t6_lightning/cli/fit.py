@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from t6_lightning.cli.configuration import T6CLI, build
+from t6_lightning.common.console import console
 from t6_lightning.distributed import ranks
 from t6_lightning.runs import report
 from t6_lightning.runs.fit import RunConfig, check_weights_file, fit, plan_of
@@ -25,6 +26,12 @@ def main(arguments: list[str]) -> int:
         dtype = torch.bfloat16 if half else torch.float32
         if ranks.is_first():
             report.print_plan(plan, measure_matrix_rate(device, dtype, cli.model.config.d_model))
+            decided = ", ".join(f"{name}={value}" for name, value in cli.recipe_settings.items())
+            console.print(
+                f"recipe {cli.config.recipe}{': ' if decided else ''}{decided}",
+                soft_wrap=True,
+                highlight=False,
+            )
         return 0
     return fit(config_of(cli), cli.model, cli.datamodule, cli.trainer, cli.run)
 
@@ -34,6 +41,7 @@ def config_of(cli: T6CLI) -> RunConfig:
     config = cli.config
     return RunConfig(
         settings=cli.settings,
+        as_now=cli.as_now,
         preset=cli.preset,
         seed=config.seed_everything,
         ckpt_path=config.ckpt_path,

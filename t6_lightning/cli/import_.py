@@ -11,14 +11,13 @@ import torch
 
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from t6_lightning.checkpoint import files as checkpoint_files
-from t6_lightning.checkpoint.reference import as_trained, convert, read_state
+from t6_lightning.checkpoint.reference import as_trained, convert
+from t6_lightning.checkpoint.reference_files import read_state
 from t6_lightning.cli.parser import Parser
 from t6_lightning.common.console import console
 from t6_lightning.common.errors import BadInput, require
 from t6_lightning.model.config import T6Config
 from t6_lightning.presets import load_net
-
-GPT2 = "gpt2"
 
 
 def tokenizer_for(spec: str, vocab_size: int) -> Tokenizer:
@@ -60,13 +59,15 @@ def _leaves(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return leaves
 
 
-def checkpoint_of(config: T6Config, weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> dict[str, Any]:
+def checkpoint_of(
+    config: T6Config, weights: dict[str, torch.Tensor], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """What training would have saved, without an optimizer: the weights in float32."""
     return {
         "state_dict": {f"net.{name}": value.float() for name, value in weights.items()},
         # The public code reads windows as one text.
         "hyper_parameters": {"net": config.architecture(), "confine_to_documents": False},
-        "tokenizer": tokenizer.to_json(),
+        "tokenizer": None if tokenizer is None else tokenizer.to_json(),
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
@@ -77,15 +78,17 @@ def main(arguments: list[str]) -> int:
     """Convert a file and say what was set."""
     parser = Parser("import", __doc__ or "")
     parser.add_argument(
-        "reference_file", metavar="REFERENCE_FILE", help="state dict: .pt, .bin, .safetensors"
+        "reference_file",
+        metavar="REFERENCE_FILE",
+        help="state dict (.pt, .bin, .safetensors), the index of several files, or a folder with either",
     )
     parser.add_argument("--config", required=True, metavar="PRESET_OR_FILE", help="what the model is")
     parser.add_argument("--output", required=True, metavar="X.ckpt", help="checkpoint to write")
     parser.add_argument(
         "--tokenizer",
-        default=GPT2,
         metavar="NAME_OR_FOLDER",
-        help="tokenizer it was trained with: hub name, folder, or `bytes` (default gpt2)",
+        help="tokenizer it was trained with: hub name (the paper's is gpt2), folder, or `bytes`; "
+        "without it the checkpoint reads and writes no text",
     )
     options = parser.parse_args(arguments[1:])
     file, output = Path(options.reference_file), Path(options.output)
@@ -97,7 +100,7 @@ def main(arguments: list[str]) -> int:
         weights = convert(state, config)
     except BadInput as error:
         raise BadInput(f"{file} as {options.config}: {error}") from error
-    tokenizer = tokenizer_for(options.tokenizer, config.vocab_size)
+    tokenizer = None if options.tokenizer is None else tokenizer_for(options.tokenizer, config.vocab_size)
     try:
         checkpoint_files.save(checkpoint_of(config, weights, tokenizer), output)
     except checkpoint_files.CheckpointError as error:
@@ -111,7 +114,10 @@ def main(arguments: list[str]) -> int:
         f"{file}: {config.attention.mechanism}, {config.n_parameters():,} parameters in {dtype}",
         f"set as the public code has it: {said or 'nothing, the configuration says so already'}",
         f"checkpoint {output}",
-        f"to train on: fit --config {options.config}{flags} --data.tokenizer {options.tokenizer} --init_from {output}",
+        f"to train on: fit --config {options.config}{flags} --data.tokenizer {options.tokenizer or 'NAME_OR_FOLDER'} "
+        f"--init_from {output}",
     ]
+    if tokenizer is None:
+        lines.append("without a tokenizer: `generate` and `evaluate` need one, as --tokenizer gives it")
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return 0

@@ -117,14 +117,20 @@ class T6Config:
 
     def forward_flops(self, keys: float) -> float:
         """Forward FLOPs of one token that attends to `keys` tokens, 2 per multiply-add."""
-        ffn = 2 * 3 * self.d_model * self.ffn_width
-        layer = self.attention.flops(self.d_model, keys) + ffn
-        return self.n_layers * layer + 2 * self.d_model * self.vocab_size
+        return self._around(self.attention.flops(self.d_model, keys))
 
     def decode_flops(self, keys: float) -> float:
         """FLOPs of generating one token with `keys` cached tokens, itself included."""
-        ffn = 2 * 3 * self.d_model * self.ffn_width
-        layer = self.attention.decode_flops(self.d_model, keys) + ffn
+        return self._around(self.attention.decode_flops(self.d_model, keys))
+
+    def appendix_a_flops(self, keys: float) -> float | None:
+        """As `decode_flops`, with attention counted as appendix A of the paper counts it, or None where it does not."""
+        attention = self.attention.appendix_a_flops(self.d_model, keys)
+        return None if attention is None else self._around(attention)
+
+    def _around(self, attention: float) -> float:
+        """FLOPs of a token, of which a layer's attention takes `attention`."""
+        layer = attention + 2 * 3 * self.d_model * self.ffn_width
         return self.n_layers * layer + 2 * self.d_model * self.vocab_size
 
     def training_flops(self, context: int | None = None) -> float:

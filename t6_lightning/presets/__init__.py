@@ -9,16 +9,30 @@ from typing import Any
 
 import yaml
 
-from t6_lightning.common.errors import BadInput
+from t6_lightning.common.errors import BadInput, require
 from t6_lightning.model.config import T6Config
 from t6_lightning.presets.classes import find_class, kept_arguments
 
 FOLDER = Path(__file__).parent
 
+RECIPES = ("paper", "released")
+"""Whose settings a run has where the paper and its released trainer differ. The first is the default."""
+
 
 def preset_names() -> list[str]:
     """Every preset, as `--config` takes it."""
-    return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
+    files = (file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
+    return sorted(name for name in files if not name.startswith("recipes/"))
+
+
+def recipe_table(recipe: str) -> Path | None:
+    """The file of what a recipe sets for every model, under all other files and flags; None for the default recipe.
+
+    Raises:
+        BadInput: an unknown recipe.
+    """
+    require(recipe in RECIPES, "recipe", recipe, f"choose one of {', '.join(RECIPES)}")
+    return None if recipe == RECIPES[0] else FOLDER / "recipes" / f"{recipe}.yaml"
 
 
 def model_presets() -> list[str]:
@@ -57,27 +71,34 @@ def config_file(name: str) -> Path:
     raise BadInput(_unknown(name))
 
 
-def settings(file: Path) -> dict[str, Any]:
+def settings(file: Path, recipe: str | None = None) -> dict[str, Any]:
     """The settings of a preset or configuration file, those of the file that it `extends` included.
 
     `extends: NAME_OR_FILE` names a preset, or a file seen from the folder of the one that says so. Its settings hold
     wherever this file says nothing: mappings are merged, everything else is replaced. Where this file names another
     class_path, those init_args of the base stay that the new class accepts, as on the command line.
 
+    `recipes: {RECIPE: SETTINGS}` says what a file sets instead under a recipe: `recipe`, or else the one that the files
+    state as `recipe: RECIPE`.
+
     Raises:
-        BadInput: a file that is no text, no YAML or no mapping, a base that does not exist, or files that extend
-            each other in a circle.
+        BadInput: a file that is no text, no YAML or no mapping, a base that does not exist, files that extend
+            each other in a circle, or an unknown recipe.
     """
-    return _settings(file, ())
+    found = _settings(file, (), recipe or RECIPES[0])
+    stated = found.get("recipe", RECIPES[0])
+    require(stated in RECIPES, f"recipe in {file}", stated, f"choose one of {', '.join(RECIPES)}")
+    return found if recipe or stated == RECIPES[0] else _settings(file, (), stated)
 
 
-def _settings(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _settings(file: Path, above: tuple[Path, ...], recipe: str) -> dict[str, Any]:
     if file.resolve() in above:
         circle = " extends ".join(path.name for path in (*above[above.index(file.resolve()) :], file))
         raise BadInput(f"extends={above[-1].name!r} is not possible: {circle} again, which is a circle")
     own = _read_yaml(file)
+    instead = _recipes(own, file).get(recipe, {})
     if "extends" not in own:
-        return own
+        return _merged(own, instead)
     name = own.pop("extends")
     if not isinstance(name, str):
         raise BadInput(f"extends={name!r} is not possible in {file}: it takes the name of one preset or file")
@@ -85,7 +106,16 @@ def _settings(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = next((candidate for candidate in candidates if candidate.is_file()), None)
     if base is None:
         raise BadInput(f"extends={name!r} is not possible in {file}: {_unknown(name)}")
-    return _merged(_settings(base, (*above, file.resolve())), own)
+    return _merged(_merged(_settings(base, (*above, file.resolve()), recipe), own), instead)
+
+
+def _recipes(own: dict[str, Any], file: Path) -> dict[str, dict[str, Any]]:
+    """Take what a file sets under each recipe out of its settings."""
+    found = own.pop("recipes", {})
+    is_table = isinstance(found, dict) and all(isinstance(settings, dict) for settings in found.values())
+    allowed = f"it maps some of {', '.join(RECIPES)} to settings"
+    require(is_table and set(found) <= set(RECIPES), f"recipes in {file}", found, allowed)
+    return found
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any], place: str = "") -> dict[str, Any]:
@@ -145,8 +175,12 @@ def load_net(name: str) -> T6Config:
         BadInput: no such file, no YAML, no `model.net`, or an impossible model.
     """
     file = config_file(name)
+    found = settings(file)
+    table = recipe_table(found.get("recipe", RECIPES[0]))
     try:
-        net = settings(file)["model"]["net"]
+        net = found["model"]["net"]
+        if table is not None:
+            net = _merged(settings(table)["model"]["net"], net, "model.net")
     except (KeyError, TypeError):
         raise BadInput(f"{file} describes no model: it lacks model.net") from None
     return T6Config.from_dict(net)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,6 +47,7 @@ class RunConfig:
         init_from: a checkpoint whose weights, and nothing else, are taken.
         repeatable: whether the same command goes on with the run, and does not begin another one.
         started: `time.monotonic()` when the command began.
+        as_now: reads `settings` that an earlier version wrote: what it did not have yet has its default.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class RunConfig:
     init_from: str | None = None
     repeatable: bool = True
     started: float = field(default_factory=time.monotonic)
+    as_now: Callable[[dict[str, Any]], Mapping[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _prepare(
     config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
 ) -> _Start | None:
     """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
-    changes = changed_settings(run, config.settings)
+    changes = changed_settings(run, config)
     checkpoint = _checkpoint(config, run, changes)
     ended = False
     if checkpoint is not None:
@@ -206,12 +208,15 @@ def _checkpoint(config: RunConfig, run: RunFolder, changes: list[str]) -> Path |
     return checkpoint
 
 
-def changed_settings(run: RunFolder, settings: Mapping[str, Any]) -> list[str]:
+def changed_settings(run: RunFolder, config: RunConfig) -> list[str]:
     """Settings in which the folder's configuration differs from the present one, as sentences."""
     if not run.exists:
         return []
-    before = dict(_leaves(yaml.safe_load(run.config_file.read_text())))
-    now = dict(_leaves(settings))
+    saved = yaml.safe_load(run.config_file.read_text())
+    now = dict(leaves(config.settings))
+    before = dict(leaves(saved))
+    if before.keys() != now.keys():  # of another version, or with other classes
+        before = dict(leaves(config.as_now(saved)))
     names = [name for name in sorted(before | now) if not name.startswith(NOT_COMPUTED)]
     names = [
         name for name in names if _same_class(name, before.get(name)) != _same_class(name, now.get(name))
@@ -238,11 +243,12 @@ def _same_class(name: str, value: Any) -> Any:
         return value
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
+def leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of dotted name and value."""
+    found = []
     for name, value in values.items():
-        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return leaves
+        found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return found
 
 
 def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = False) -> dict[str, Any]:
@@ -252,7 +258,7 @@ def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = Fal
         BadInput: it is damaged or another model's.
     """
     state = files.load(checkpoint, whole)
-    shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
+    shapeless = {"dropout", "context", "rope_base", "attention.init_args.init", "attention.init_args.init_q"}
     differ = {
         name: values
         for name, values in net.differences(state["hyper_parameters"]["net"]).items()
@@ -289,7 +295,7 @@ def _open(
         console.print(f"going on from {start.checkpoint.name}")
     console.print(plan.sentence(), soft_wrap=True)
     tracking = _find(trainer.loggers, MLflowTracking)
-    if start.checkpoint is None and (changes := changed_settings(run, config.settings)):
+    if start.checkpoint is None and (changes := changed_settings(run, config)):
         # Nothing is lost with a run that saved nothing. Unless it did so while data was prepared here.
         if files.in_order(run.checkpoints):
             raise BadInput(f"--run={run.name!r} is not possible: another process has trained it in between")

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import torch
 
-from t6_lightning.common.errors import BadInput
+from t6_lightning.common.errors import BadInput, require
 from t6_lightning.distributed import fsdp2, ranks
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import IGNORE, T6
@@ -57,6 +57,9 @@ class T6Module(pl.LightningModule):
         confine_to_documents: attention stays inside each document of a packed window and positions restart
             there; off, as the paper trains, windows are read as one text.
         compile: compile one block and reuse it for all layers.
+        summed_losses: n: an optimizer step's gradient is that of n times its mean loss, as in code that adds the mean
+            losses of n micro-batches and never divides by n. Clipping then acts on n times the gradient. None: as
+            many as the micro-batches of each rank.
         recompute: what the backward pass computes again instead of keeping: "none"; "selective", what is cheap;
             "full", each block but its input.
     """
@@ -71,6 +74,7 @@ class T6Module(pl.LightningModule):
         confine_to_documents: bool = False,
         compile: bool = False,
         recompute: Recompute = "none",
+        summed_losses: int | None = 1,
     ) -> None:
         super().__init__()
         self.config = T6Config.from_dict(dict(net)) if isinstance(net, Mapping) else net
@@ -81,10 +85,13 @@ class T6Module(pl.LightningModule):
         self.confine_to_documents = confine_to_documents
         self.compile_blocks = compile
         self.recompute_choice: Recompute = recompute
+        fits = summed_losses is None or (type(summed_losses) is int and summed_losses >= 1)
+        require(fits, "model.summed_losses", summed_losses, "it must be an integer >= 1 or null")
+        self.summed_losses = summed_losses
         self.figures: dict[str, float] = {}
         """`val/*` or `test/*` of the last evaluation, in full precision."""
         self.grad_norm = torch.tensor(float("nan"))
-        """Of the last optimizer step, before clipping."""
+        """Of the last optimizer step, before clipping; of `summed_losses` times the mean loss."""
         self.step_sums = torch.zeros(2, dtype=torch.float64)
         """Nats and counted tokens of the last optimizer step, over all its micro-batches and ranks."""
         self._first_weights: Mapping[str, torch.Tensor] | None = None
@@ -207,8 +214,9 @@ class T6Module(pl.LightningModule):
         # What the sum of nats was divided by so far: here, by Lightning over micro-batches, and over ranks.
         divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
         self.step_sums, self._sums = ranks.total(self._sums), None
-        # Exactly 1 where every position counts and the step has all its micro-batches.
-        weight = divided_by / self.step_sums[1].clamp_min(1)
+        summed = self.summed_losses or self.trainer.accumulate_grad_batches
+        # Exactly `summed` where every position counts and the step has all its micro-batches.
+        weight = divided_by * summed / self.step_sums[1].clamp_min(1)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = ranks.total_norm(gradients)
         self.grad_norm = norm * weight.to(norm.dtype)

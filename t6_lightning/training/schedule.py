@@ -39,17 +39,21 @@ class Cosine(Schedule):
     Attributes:
         warmup_steps: optimizer steps of linear warm-up.
         min_factor: the last learning rate over the peak.
+        warmup_from_zero: step t = 0, 1, ... of n warm-up steps takes t/n of the peak, as the released trainer does,
+            whose first step so changes no weight; otherwise (t+1)/(n+1).
     """
 
     warmup_steps: int = 100
     min_factor: float = 0.1
+    warmup_from_zero: bool = False
 
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps, self.min_factor)
 
     def factor(self, step: int, max_steps: float) -> float:
         if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+            first = 0 if self.warmup_from_zero else 1
+            return (step + first) / (self.warmup_steps + first)
         progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
         return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + cos(pi * progress))
 

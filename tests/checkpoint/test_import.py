@@ -20,7 +20,8 @@ from straight_line import Sizes, random_state
 from t6_lightning.__main__ import main
 from t6_lightning.checkpoint import files as checkpoint_files
 from t6_lightning.checkpoint.load import load_trained
-from t6_lightning.checkpoint.reference import EMBEDDING, TIED, as_trained, convert, read_state
+from t6_lightning.checkpoint.reference import as_trained, convert
+from t6_lightning.checkpoint.reference_files import EMBEDDING, TIED, read_state
 from t6_lightning.common.errors import BadInput
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
@@ -352,7 +353,7 @@ def test_a_tied_pair_that_differs(refuse: Any, tmp_path: Path) -> None:
 
 def test_files_that_are_no_state_dict(refuse: Any, tmp_path: Path) -> None:
     assert "there is no such file" in refuse(tmp_path / "absent.pt")
-    assert "there is no such file" in refuse(tmp_path)
+    assert "it holds no file of weights" in refuse(tmp_path)
     for content in ([1, 2], {"a": torch.zeros(2)}, {"model": {"b": 1}}, torch.zeros(3), {3: 4}):
         assert "holds no state dict" in refuse(saved(tmp_path, content))
     said = refuse(saved(tmp_path, random_state(CASES["tpa-h5"]) | {EMBEDDING: "no tensor"}))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from t6_lightning.__main__ import main
+from t6_lightning.cli.params import short
 from t6_lightning.model import init_report as initial
 from t6_lightning.model.attention.tpa import TPAConfig
 from t6_lightning.model.config import T6Config
@@ -34,9 +35,48 @@ def test_json_has_every_cost(capsys: pytest.CaptureFixture[str]) -> None:
         "flops_per_token": net.training_flops(),
         "dense_forward_flops_per_token": net.forward_flops(1024),
         "decode_flops_per_token": net.decode_flops(4096),
+        "decode_flops_per_token_appendix_a": net.appendix_a_flops(4096),
         "decode_context": 4096,
     }
     assert printed(capsys, "paper/medium-tpa")[0]["decode_context"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("preset", "per_key"),
+    [
+        ("paper/medium-tpa", 6 * 2 * 64 + 47 * 6 * 2 + 47 * 2 * 64),
+        ("paper/medium-tpa-noncontextual-a", 6 * 2 * 64 + 47 * 6 * 2 + 47 * 2 * 64),
+        ("paper/medium-tpa-kvonly", 29 * 2 * 64 + 29 * 2 + 29 * 2 * 64),
+        ("paper/medium-mha", 2 * 16 * 64),
+        ("paper/medium-gqa", 2 * 30 * 64),
+        ("paper/medium-mla", 23 * (512 + 32) + 23 * 512),
+    ],
+)
+def test_decoding_is_counted_as_appendix_a_too(
+    preset: str, per_key: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """M (R_Q R_K D + h R_Q R_K + h R_V E) multiply-adds a layer of TPA, 2 M h D of MHA, for M cached tokens."""
+    near, far = (
+        printed(capsys, preset, "--context", str(keys))[0]["decode_flops_per_token_appendix_a"]
+        for keys in (1000, 3000)
+    )
+    assert far - near == 24 * 2 * per_key * 2000
+    # The rest is what this code's count has too, but for Q, which the appendix never forms.
+    net = load_net(preset)
+    query = 2 * 6 * net.attention.n_heads * 64 if getattr(net.attention, "factorize_q", False) else 0
+    assert near - 24 * 2 * per_key * 1000 == net.decode_flops(0) - 24 * query
+
+
+def test_the_table_has_both_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    (order3,) = printed(capsys, "paper/small-tpa-order3")
+    assert order3["decode_flops_per_token_appendix_a"] is None
+    assert main(["params", "paper/small-tpa", "paper/small-tpa-order3"]) == 0
+    said = capsys.readouterr().out
+    assert "appendix A" in said
+    rows = [line.split() for line in said.splitlines() if "paper/small-tpa" in line]
+    count = load_net("paper/small-tpa").appendix_a_flops(1024)
+    assert count is not None
+    assert [row[-1] for row in rows] == [short(count), "-"]
 
 
 def test_without_names_all_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

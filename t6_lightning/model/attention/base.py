@@ -73,6 +73,14 @@ class AttentionConfig(abc.ABC):
         """As `flops`, for one new token against a cache, where it is in another form than training."""
         return self.flops(d_model, keys)
 
+    def appendix_a_flops(self, d_model: int, keys: float) -> float | None:
+        """As `decode_flops`, with scores and values counted as appendix A of the paper counts them, for its algorithm.
+
+        2 h d_h multiply-adds per key for heads with keys and values of their own or shared, which is what
+        `decode_flops` has too. None where the appendix has no count.
+        """
+        return self.decode_flops(d_model, keys)
+
     def cache_elements(self) -> int:
         """Numbers that one layer caches for one token."""
         return sum(prod(shape) for shape in self.cache_entries().values())

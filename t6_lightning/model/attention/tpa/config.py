@@ -37,6 +37,8 @@ class TPAConfig(Factorization):
         top_k: heads that topk_heads keeps.
         init: initialization of the factors, see `t6_lightning.model.init`.
         init_std: σ of init "normal".
+        init_q: how the matrix of Q starts where Q is not factorized (elsewhere without effect): "linear", nn.Linear's
+            default as MHA's, or "xavier", Xavier uniform as the public code.
         gain_a: factor on the initial spread of a.
         gain_b: the same for b.
         gain_c: the same for c and further factors.

@@ -12,7 +12,7 @@ from kernels.decode.layout import padded_width
 from t6_lightning.common.errors import require
 from t6_lightning.model.attention.base import AttentionConfig
 from t6_lightning.model.attention.head_factors import NAMES, second_moment
-from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance
+from t6_lightning.model.init import SCHEMES, FactorShape, entry_variance, xavier_paper
 from t6_lightning.model.rope import Rope
 
 MAX_ORDER = 8
@@ -58,6 +58,7 @@ class Factorization(AttentionConfig):
         "variance_preserving",
     ] = "xavier_reference"
     init_std: float = 0.02
+    init_q: Literal["linear", "xavier"] = "linear"
     gain_a: float = 1.0
     gain_b: float = 1.0
     gain_c: float = 1.0
@@ -99,6 +100,7 @@ class Factorization(AttentionConfig):
         self.check_choice("rope_at", ("factors", "product"))
         self.check_choice("nonlinearity", NAMES)
         self.check_choice("init", tuple(SCHEMES))
+        self.check_choice("init_q", ("linear", "xavier"))
         self.check_choice("output_gate", ("none", "head", "element"))
         parts = "qkv" if self.factorize_q else "kv"
         for field in ("noncontextual_a", "noncontextual_b", "noncontextual_c", "nonlinear_on"):
@@ -307,6 +309,16 @@ class Factorization(AttentionConfig):
         per_key = 2 * (width * (rank_k + rank_v) + weighting)
         return self._projection_flops(d_model) + query + per_key * keys
 
+    def appendix_a_flops(self, d_model: int, keys: float) -> float | None:
+        # Q, K and V all stay factors: products of B_Q and B_K for each pair of ranks, weighted by a of both in each
+        # head, and B_V for each head and rank (algorithm 2). A plain Q has a row for each head in place of B_Q.
+        if self.order > 2:
+            return None
+        terms = 2 if self.kv_shift else 1
+        rank_k, rank_v, h, d_h = terms * self.rank_k, terms * self.rank_v, self.n_heads, self.head_dim
+        scores = self.rank_q * rank_k * (d_h + h) if self.factorize_q else h * rank_k * (d_h + 1)
+        return self._projection_flops(d_model) + 2 * (scores + h * rank_v * d_h) * keys
+
     def rope_width(self) -> int:
         if self.rope_at == "factors":
             field = "attention.head_dim" if self.order == 2 else "attention.feature_dims"
@@ -322,12 +334,18 @@ class Factorization(AttentionConfig):
             target = (rank / (3 * moment)) ** (1 / (self.order - 1))
         return FactorShape(letter, rank, self.sizes[letter], d_model, self.init_std, target)
 
+    def plain_q_shape(self, d_model: int) -> FactorShape:
+        """The matrix of a Q that is not factorized, as initialization schemes see it."""
+        return FactorShape("q", 1, self.n_heads * self.head_dim, d_model)
+
     def gain(self, letter: str) -> float:
         """Factor on the initial spread of a factor."""
         return {"a": self.gain_a, "b": self.gain_b}.get(letter, self.gain_c)
 
     def initial_variances(self, d_model: int) -> dict[str, float]:
         variances = super().initial_variances(d_model)
+        if not self.factorize_q and self.init_q == "xavier":
+            variances["q"] = d_model * xavier_paper(self.plain_q_shape(d_model))[1]
         for part, rank in self.ranks.items():
             spread = {
                 letter: self.gain(letter) ** 2

@@ -74,6 +74,8 @@ class TensorProductAttention(AttentionLayer[Factorization]):
                     self._add_factor(name, letter, part, d_model)
         if not config.factorize_q:
             self.q = nn.Linear(d_model, width, bias=False)
+            if config.init_q == "xavier":
+                init_factor_(self.q.weight, "xavier_paper", config.plain_q_shape(d_model))
         self.output = nn.Linear(width, d_model, bias=False)
         if config.output_norm:
             self.output_norm = RMSNorm(config.head_dim, eps=OUTPUT_NORM_EPS)
