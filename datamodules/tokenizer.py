@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -10,6 +12,9 @@ from datamodules.byte_level import gpt2_ranks, tiktoken_encoding, token_to_bytes
 from datamodules.tokenizer_loading import load_definition
 
 RAW_BYTES = "bytes"
+
+LONG_BLANK = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{65536,}+")
+"""A run of what Unicode calls white space, as tiktoken's pattern understands it."""
 
 
 class Tokenizer:
@@ -67,12 +72,37 @@ class Tokenizer:
         """Ids of each text, int32 (n,) each. Releases the interpreter lock for the most part."""
         texts = [_valid_utf8(text) for text in texts]
         if self._tiktoken is not None:
-            encode = self._tiktoken.encode_to_numpy
-            return [encode(text, disallowed_special=()).view(np.int32) for text in texts]
+            return [self._byte_level_ids(text) for text in texts]
         if self._tokenizers is not None:
             encodings = self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+    def _byte_level_ids(self, text: str) -> np.ndarray:
+        assert self._tiktoken is not None
+        try:
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+        except ValueError:  # its pattern gives up on a run of a million blanks
+            parts, at = [], 0
+            for run in LONG_BLANK.finditer(text):
+                # All but the last of them are one word; the last begins the next one.
+                parts += [text[at : run.start()], text[run.start() : run.end() - 1]]
+                at = run.end() - 1
+            if not parts:
+                raise
+            parts.append(text[at:])
+            encode = self._tiktoken.encode_to_numpy
+            return np.concatenate([encode(part, disallowed_special=()).view(np.int32) for part in parts])
+
+    def lost_bytes(self, text: str, ids: np.ndarray) -> int:
+        """UTF-8 bytes of characters that the ids do not give back, as [UNK] and lower-casing leave none or others.
+
+        A lower bound: characters are counted, not compared place by place.
+        """
+        if (decoded := self.decode(ids)) == text:
+            return 0
+        lost = Counter(text) - Counter(decoded)
+        return sum(times * len(character.encode("utf-8", "replace")) for character, times in lost.items())
 
     def encode_batch_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, UTF-8 bytes each id covers, uint32) of each text; the bytes add up to the text's, exactly."""
