@@ -150,7 +150,7 @@ def test_validation_files_are_domains_and_leave_training(files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "batch_size: 0 is not allowed; allowed: 1 or more"),
+        ({"batch_size": 0}, "batch_size: 0 is not allowed; allowed: 1 to 1,048,576"),
         ({"context": -1}, "context: -1"),
         ({"num_workers": -1}, "num_workers: -1"),
         ({"val_tokens": 0}, "val_tokens: 0"),
