@@ -73,16 +73,17 @@ def decompressed(chunks: Iterable[bytes], path: str) -> Iterator[bytes]:
         return
     form = FORMATS[suffix]
     member: Any = None
-    stored = plain = 0
+    stored = plain = members = 0
     for chunk in chunks:
         for begin in range(0, len(chunk), form.stored_at_once):
             part = chunk[begin : begin + form.stored_at_once]
-            place, stored = stored, stored + len(part)
+            stored += len(part)
             while part:
+                place = stored - len(part)
                 if member is None:
-                    if place and suffix in ZERO_PADDED and not (part := part.lstrip(b"\0")):
+                    if members and suffix in ZERO_PADDED and not (part := part.lstrip(b"\0")):
                         break
-                    member = form.begin()
+                    member, members = form.begin(), members + 1
                 try:
                     for text in _fed(member, part, form.limited):
                         plain += len(text)

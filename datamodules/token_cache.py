@@ -186,7 +186,8 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
     key: list[int] = []
     domains: dict[str, int] = {}
     with _spooled(file) as tokens, _spooled(file) as token_bytes:
-        for documents, encoded in _encoded(_batches(source.documents()), tokenizer):
+
+        def take(documents: list[Document], encoded: Encoded) -> None:
             for document, (ids, covered) in zip(documents, encoded, strict=True):
                 if len(ids) == 0:  # nothing to predict: blanks that the tokenizer drops
                     continue
@@ -194,20 +195,23 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
                 n_bytes.append(int(covered.sum()))
                 domain.append(domains.setdefault(document.domain, len(domains)))
                 key.append(document.key)
+                tokens.write(memoryview(ids.astype(dtype)))
                 if by_id is None:
                     lost.append(tokenizer.lost_bytes(document.text, ids))
-                    token_bytes.write(covered.astype(np.uint32).tobytes())
-            for ids, _ in encoded:
-                tokens.write(ids.astype(dtype).tobytes())
+                    token_bytes.write(memoryview(covered.astype(np.uint32)))
                 if progress is not None:
                     for begin in range(0, len(ids), COUNTED_AT_ONCE):
-                        counts += np.bincount(ids[begin : begin + COUNTED_AT_ONCE], minlength=len(counts))
+                        counts[:] += np.bincount(ids[begin : begin + COUNTED_AT_ONCE], minlength=len(counts))
             if progress is not None:
                 progress.add(source.name, len(documents), sum(len(ids) for ids, _ in encoded))
             if len(domains) > 1 << 16:
                 raise BadInput(
                     f"domain_field: {source.name} has more than {1 << 16:,} domains; name a column with fewer values."
                 )
+
+        for batch in _encoded(_batches(source.documents()), tokenizer):
+            take(*batch)
+            del batch  # a single document may be long: two of them are not held at a time
         if not lengths and progress is not None:
             raise BadInput(f"{source.name} holds no documents.")
         # The widest first, so that each array begins where its dtype may lie.
@@ -305,7 +309,7 @@ def _encoded(
                 documents, future, finished = waiting.popleft()
                 yield documents, future.result()
                 characters -= finished
-                del future  # and its ids with it
+                del documents, future
             if batch is not None:
                 waiting.append((batch, pool.submit(tokenizer.encode_batch_with_bytes, texts), length))
                 characters += length

@@ -37,7 +37,7 @@ class Tokenizer:
     def __init__(self, definition: str, eot: int | None = None):
         self._definition, self._eot = definition, eot
         self.fingerprint = hashlib.sha256(self.to_json().encode()).hexdigest()
-        self._tiktoken = self._tokenizers = None
+        self._tiktoken = self._tokenizers = self._unknown = None
         spec = None if definition == RAW_BYTES else json.loads(definition)
         if spec is None:
             pieces: dict[int, bytes] | None = {byte: bytes([byte]) for byte in range(256)}
@@ -54,6 +54,8 @@ class Tokenizer:
             self._tokenizers.no_truncation()
             self._tokenizers.no_padding()
             vocab = self._tokenizers.get_vocab(with_added_tokens=True)
+            model = spec["model"]
+            self._unknown = vocab.get(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
             pieces = _byte_level_pieces(spec, vocab)
             largest = max(vocab.values())
         self.eot = largest + 1 if eot is None else eot
@@ -85,9 +87,10 @@ class Tokenizer:
         except ValueError:  # its pattern gives up on a run of a million blanks
             parts, at = [], 0
             for run in LONG_BLANK.finditer(text):
-                # All but the last of them are one word; the last begins the next one.
-                parts += [text[at : run.start()], text[run.start() : run.end() - 1]]
-                at = run.end() - 1
+                # All of them are one word at the end of the text, else all but the last, which begins the next word.
+                end = run.end() - (run.end() < len(text))
+                parts += [text[at : run.start()], text[run.start() : end]]
+                at = end
             if not parts:
                 raise
             parts.append(text[at:])
@@ -99,15 +102,18 @@ class Tokenizer:
 
         A lower bound: characters are counted, not compared place by place.
         """
-        if (decoded := self.decode(ids)) == text:
+        if self._tokenizers is None:
+            return 0
+        known = [id for id in ids.tolist() if id != self._unknown]
+        if (decoded := self._tokenizers.decode(known, skip_special_tokens=False)) == text:
             return 0
         lost = Counter(text) - Counter(decoded)
         return sum(times * len(character.encode("utf-8", "replace")) for character, times in lost.items())
 
     def encode_batch_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, UTF-8 bytes each id covers, uint32) of each text; the bytes add up to the text's, exactly."""
+        """(ids, UTF-8 bytes each id covers, uint16 or uint32) of each text; they add up to the text's, exactly."""
         if self.token_bytes is not None:
-            return [(ids, self.token_bytes[ids].astype(np.uint32)) for ids in self.encode_batch(texts)]
+            return [(ids, self.token_bytes[ids]) for ids in self.encode_batch(texts)]
         assert self._tokenizers is not None
         texts = [_valid_utf8(text) for text in texts]
         encodings = self._tokenizers.encode_batch(texts, add_special_tokens=False)

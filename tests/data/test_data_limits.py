@@ -47,15 +47,18 @@ def test_compressed_text_is_read_in_bounded_memory(suffix, monkeypatch):
     stored = COMPRESS[suffix](b"\0" * (40 * MIB))
     assert len(stored) < MIB
     monkeypatch.setattr(decompression, "UNSUSPICIOUS_BYTES", 24 * MIB)
+    said = ""
     tracemalloc.start()
+    texts = decompressed([stored], f"a.txt{suffix}")
     read = 0
-    with pytest.raises(
-        BadInput, match=f"a.txt{suffix}: it decompresses to more than 64 times its stored bytes"
-    ):
-        for text in decompressed([stored], f"a.txt{suffix}"):
+    try:
+        for text in texts:
             read += len(text)
+    except BadInput as error:
+        said = str(error)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    assert said.startswith(f"a.txt{suffix}: it decompresses to more than 64 times its stored bytes")
     assert 20 * MIB < read <= 40 * MIB
     # What zstandard gives for one stored kibibyte cannot be limited further; xz has a dictionary of 8 MiB.
     assert peak < (80 if suffix == ".zst" else 16) * MIB
