@@ -44,7 +44,7 @@ class TextFiles(IndexedData):
         domain_field: Column whose value labels a document's validation domain; null: all are "text".
         txt_documents: How a .txt becomes documents: the whole file, each line, or each paragraph (blank line
             between). Line ends inside a document stay as they are, CR and CR LF too.
-        max_document_length: Characters of a document, or of a JSON row; a longer one is refused.
+        max_document_length: UTF-8 bytes of a document, or of a JSON row; a longer one is refused.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ def json_rows(path: Path, most: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Rows are lines, or where the first line is no whole object, objects that go over several lines, or the elements of
     one array (a string in it stands for {"text": string}). Raises BadInput naming the first bad line, also for a row
-    of more than `most` characters.
+    of more than `most` bytes.
     """
     if not _is_lines(path, most):
         yield from _Values(path, most).rows()

@@ -3,7 +3,7 @@
 import os
 
 MAX_DOCUMENT_LENGTH = 1 << 25
-"""Characters of a document, or of a row or line that holds one: the default of `max_document_length`."""
+"""UTF-8 bytes of a document, or of a row or line that holds one: the default of `max_document_length`."""
 
 MAX_DOMAINS = 1000
 """Validation domains: each has metrics of its own in every validation."""

@@ -31,7 +31,7 @@ def mapped(file: Path) -> memoryview:
     contents = (ctypes.c_ubyte * size).from_address(place)
     # Every view of the bytes holds `contents`. At the interpreter's end threads may still read.
     weakref.finalize(contents, _libc().munmap, place, size).atexit = False
-    return memoryview(np.frombuffer(memoryview(contents), np.uint8)).toreadonly()
+    return np.frombuffer(memoryview(contents), np.uint8).data.toreadonly()
 
 
 def _libc() -> ctypes.CDLL:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from datamodules.decompression import COMPRESSIONS, Damaged, decompressed
-from datamodules.documents import Damage, Document, Source, hash64, is_unicode
+from datamodules.documents import Damage, Document, Source, hash64, is_unicode, utf8_bytes
 from datamodules.json_rows import reach
 from datamodules.limits import MAX_DOCUMENT_LENGTH
+from datamodules.parquet_rows import rows_at_once
 from datamodules.stores import LOCAL, Store, StoredFile, count_damage, counting
 from datamodules.token_cache import PieceCache, Shard
 from t6_lightning.common.errors import BadInput, first_line
@@ -72,7 +73,7 @@ class Pieces:
         cache: Where tokenized pieces are kept; None where only texts are asked for.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's domain; None: all are `domain`.
-        most: Characters of a document and bytes of a line; longer ones are left out.
+        most: UTF-8 bytes of a document or line; longer ones are left out.
         told: Damage of pieces read before, which is not counted again; what is met is added to it.
     """
 
@@ -177,7 +178,7 @@ class Pieces:
         for text, label in rows:
             if isinstance(text, str) and not is_unicode(text):
                 damage["a row with half of a surrogate pair is left out", self._place(file, piece)] += 1
-            elif isinstance(text, str) and len(text) > self.most:
+            elif isinstance(text, str) and utf8_bytes(text) > self.most:
                 damage[TOO_LONG, self._place(file)] += 1
             elif isinstance(text, str) and text:
                 yield Document(text, self.domain if label is None else str(label), hash64(text))
@@ -208,7 +209,8 @@ class Pieces:
             reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=buffered)
             row = -slice_of_group * ROWS_PER_PIECE
             try:
-                for batch in reader.iter_batches(ROWS_PER_PIECE, [group], columns=roots, use_threads=False):
+                size = rows_at_once(footer, [group], roots, ROWS_PER_PIECE)
+                for batch in reader.iter_batches(size, [group], columns=roots, use_threads=False):
                     wanted = batch.slice(
                         max(-row, 0), max(min(ROWS_PER_PIECE - row, len(batch)) - max(-row, 0), 0)
                     )

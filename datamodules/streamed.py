@@ -60,7 +60,7 @@ class StreamedData(TokenData):
             processes read only their own lanes where lanes is a multiple of batch_size * ranks * num_workers.
         cache_gb: Tokenized text kept on disk, in 10^9 bytes; what was not used for longest goes first.
         patience: Seconds that a failing read is tried again before the run stops.
-        max_document_length: Characters of a document, or bytes of a JSON line; a longer one is left out and counted.
+        max_document_length: UTF-8 bytes of a document, or of a JSON line; a longer one is left out and counted.
     """
 
     streamed = True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.decompression import COMPRESSIONS
-from datamodules.documents import Document, Source, hash64, is_unicode
+from datamodules.documents import Document, Source, hash64, is_unicode, utf8_bytes
 from datamodules.folders import files_below
 from datamodules.json_rows import json_rows, reach
 from datamodules.limits import MAX_DOCUMENT_LENGTH
@@ -93,7 +93,7 @@ def file_source(
 ) -> Source:
     """One file as a source. Its identity is path, size, time of change, and how it is cut into documents.
 
-    `most`: characters of a document; a longer one is refused when it is read.
+    `most`: UTF-8 bytes of a document; a longer one is refused when it is read.
     """
     with named(str(path)):
         stat = path.stat()
@@ -137,7 +137,7 @@ def _rows(
                 raise BadInput(
                     f"{path}: {place}: column {text_field!r} holds {type(text).__name__}, not text."
                 )
-            if text and len(text) > most:
+            if text and (len(text) > most or utf8_bytes(text) > most):
                 raise too_long(f"{path}: the text of {place}", most)
             if text and not is_unicode(text):
                 raise BadInput(

@@ -60,7 +60,8 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def text_lines(path: Path, most: int) -> Iterator[str]:
-    """The lines with their ends (LF alone ends one). Raises BadInput, also for one of more than `most` characters."""
+    """The lines with their ends (LF alone ends one). Raises BadInput, also for one of more than `most` bytes."""
+    # Characters are counted: there are no more of them than bytes.
     held: list[str] = []
     length, number = 0, 1
     for piece in text_pieces(path):
@@ -80,7 +81,7 @@ def text_lines(path: Path, most: int) -> Iterator[str]:
 def txt_documents(path: Path, cut: TxtDocuments, most: int) -> Iterator[str]:
     """The documents of a text file, maybe empty ones: the whole, or what is between its line ends or blank lines.
 
-    Raises BadInput, also for one of more than `most` characters.
+    Raises BadInput, also for one of more than `most` bytes.
     """
     separator = SEPARATORS.get(cut)
     held: list[str] = []
@@ -115,6 +116,6 @@ def _bounded(path: Path, text: str, most: int) -> str:
 def too_long(what: str, most: int, cut: str = "line") -> BadInput:
     advice = "cut it into lines or paragraphs (txt_documents), or " if cut == "file" else ""
     return BadInput(
-        f"{what} has more than {most:,} characters; {advice}allow longer documents (max_document_length), which take "
-        "some 50 bytes of memory for each character."
+        f"{what} has more than {most:,} bytes; {advice}allow longer documents (max_document_length), which take "
+        "some 40 bytes of memory for each."
     )

@@ -195,10 +195,10 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
                 n_bytes.append(int(covered.sum()))
                 domain.append(domains.setdefault(document.domain, len(domains)))
                 key.append(document.key)
-                tokens.write(memoryview(ids.astype(dtype)))
+                tokens.write(ids.astype(dtype).data)
                 if by_id is None:
                     lost.append(tokenizer.lost_bytes(document.text, ids))
-                    token_bytes.write(memoryview(covered.astype(np.uint32)))
+                    token_bytes.write(covered.astype(np.uint32).data)
                 if progress is not None:
                     for begin in range(0, len(ids), COUNTED_AT_ONCE):
                         counts[:] += np.bincount(ids[begin : begin + COUNTED_AT_ONCE], minlength=len(counts))

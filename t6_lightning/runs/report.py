@@ -223,7 +223,9 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     trend = "" if before is None else f", {_trend(before - now)} from {before:.4f} at the validation before"
     table.add_row("validation bits per byte", f"{now:.4f}{trend}")
     if lost := summary.get("val_lost_share"):
-        table.add_row("  not comparable", f"the tokenizer loses {lost:.2%} of the bytes of the validation text")
+        table.add_row(
+            "  not comparable", f"the tokenizer loses {lost:.2%} of the bytes of the validation text"
+        )
     for name, value in summary.items():
         if name.endswith("/bits_per_byte") and name.count("/") == 2:
             table.add_row(f"  {name.split('/')[1]}", f"{value:.4f}")

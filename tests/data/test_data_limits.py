@@ -18,7 +18,17 @@ import pytest
 import zstandard
 from data_helpers import many_texts, write_jsonl
 
-from datamodules import C4, BadInput, TextFiles, corpus, decompression, limits, stores
+from datamodules import (
+    C4,
+    BadInput,
+    FineWebEdu,
+    TextFiles,
+    corpus,
+    decompression,
+    limits,
+    parquet_rows,
+    stores,
+)
 from datamodules.decompression import decompressed
 from datamodules.mapping import mapped
 from datamodules.text_files import read_documents
@@ -78,11 +88,12 @@ def test_a_zst_file_with_a_long_window_is_read(tmp_path):
 
 
 TOO_LONG = {
-    "a.txt": ("x" * 2000, "a document has more than 1,000 characters; cut it into lines or paragraphs"),
-    "a.txt.gz": ("x" * 2000, "a document has more than 1,000 characters"),
-    "a.jsonl": ('{"text": "a"}\n{"text": "' + "y" * 2000, "line 2 has more than 1,000 characters"),
-    "a.json": ('[{"text": "a"},\n{"text": "' + "y" * 2000, "line 2 has more than 1,000 characters"),
-    "b.json": ('[{"text": "a"}, {"text": "' + "y" * 1500 + '"}]', "the text of row 2 has more than 1,000 characters"),
+    "a.txt": ("x" * 2000, "a document has more than 1,000 bytes; cut it into lines or paragraphs"),
+    "a.txt.gz": ("x" * 2000, "a document has more than 1,000 bytes"),
+    "a.jsonl": ('{"text": "a"}\n{"text": "' + "y" * 2000, "line 2 has more than 1,000 bytes"),
+    "a.json": ('[{"text": "a"},\n{"text": "' + "y" * 2000, "line 2 has more than 1,000 bytes"),
+    "b.txt": ("ü" * 800, "the text of document 1 has more than 1,000 bytes"),
+    "b.json": ('[{"text": "a"}, {"text": "' + "y" * 1500 + '"}]', "the text of row 2 has more than 1,000 bytes"),
 }  # fmt: skip
 
 
@@ -101,8 +112,31 @@ def test_a_document_beyond_the_limit_is_refused_and_the_limit_can_be_raised(name
 
 def test_a_parquet_row_beyond_the_limit_is_refused(tmp_path):
     pq.write_table(pa.table({"text": ["short", "z" * 2000]}), tmp_path / "a.parquet")
-    with pytest.raises(BadInput, match="the text of row 2 has more than 1,000 characters"):
+    with pytest.raises(BadInput, match="the text of row 2 has more than 1,000 bytes"):
         list(read_documents(str(tmp_path / "a.parquet"), most=1000))
+
+
+def test_parquet_rows_that_repeat_a_long_value_are_read_few_at_a_time(tmp_path, monkeypatch):
+    values = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 60 + [1], pa.int32()), pa.array(["a" * 100_000, "b"])
+    )
+    pq.write_table(pa.table({"text": values, "other": list(range(61))}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000
+    sizes = []
+    real = pq.ParquetFile.iter_batches
+
+    def watched(self, size, *rest, **options):
+        sizes.append(size)
+        return real(self, size, *rest, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 300_000)
+    assert [len(text) for text in read_documents(str(tmp_path / "a.parquet"))] == [100_000] * 60 + [1]
+    data = FineWebEdu(path=str(tmp_path), tokenizer="bytes")
+    pieces = data._pieces_in(data.train_files, None)
+    lengths = [[len(each.text) for each in pieces.documents(0, piece) or []] for piece in range(2)]
+    assert lengths == [[100_000] * 50, [100_000] * 10 + [1]]
+    assert set(sizes) == {2}
 
 
 def test_a_stream_leaves_documents_beyond_the_limit_out_and_counts_them(tmp_path, monkeypatch):
