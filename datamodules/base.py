@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch.utils.data import DataLoader
 
 from datamodules.documents import Document
+from datamodules.limits import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, MAX_CONTEXT, MAX_SEED, max_workers
 from datamodules.loaders import EvaluationStream, Loader, TrainingLoader, without_text
 from datamodules.met import Met, News, of_all_ranks
 from datamodules.packing import Batch, FixedWindows, Windows
@@ -52,11 +53,15 @@ class TokenData(LightningDataModule, ABC):
         seed: int = 0,
     ):
         super().__init__()
-        lowest = {"batch_size": 1, "context": 1, "num_workers": 0, "seed": 0}
-        given = {"batch_size": batch_size, "context": context, "num_workers": num_workers, "seed": seed}
-        for name, value in given.items():
-            if value < lowest[name]:
-                raise BadInput(f"{name}: {value} is not allowed; allowed: {lowest[name]} or more.")
+        for name, value, least, most in (
+            ("batch_size", batch_size, 1, MAX_BATCH_SIZE),
+            ("context", context, 1, MAX_CONTEXT),
+            ("num_workers", num_workers, 0, max_workers()),
+            ("seed", seed, 0, MAX_SEED),
+            ("batch_size * context", batch_size * context, 1, MAX_BATCH_TOKENS),
+        ):
+            if not least <= value <= most:
+                raise BadInput(f"{name}: {value:,} is not allowed; allowed: {least} to {most:,}.")
         if val_tokens is not None and val_tokens < 1:
             raise BadInput(f"val_tokens: {val_tokens} is not allowed; allowed: 1 or more, or null for all.")
         self.tokenizer_spec, self.vocab_size = tokenizer, vocab_size

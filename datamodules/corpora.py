@@ -1,14 +1,17 @@
 """The corpora to choose from, as Lightning data modules."""
 
+from pathlib import Path
 from typing import Any
 
 from datamodules.documents import Source
 from datamodules.indexed import IndexedData
+from datamodules.limits import MAX_DOCUMENT_LENGTH
 from datamodules.mixture import Mixture
 from datamodules.pixels import Pixels
 from datamodules.python_docs import VAL_FRACTION, standard_library
 from datamodules.streamed import C4, FineWebEdu, Pile
-from datamodules.text_files import TxtDocuments, file_source, find_files
+from datamodules.text_files import file_source, find_files
+from datamodules.text_reading import TxtDocuments
 from t6_lightning.common.errors import BadInput
 
 __all__ = ["C4", "FineWebEdu", "Mixture", "Pile", "Pixels", "PythonDocs", "TextFiles"]
@@ -28,10 +31,10 @@ class PythonDocs(IndexedData):
 
 
 class TextFiles(IndexedData):
-    """Local .jsonl, .json, .parquet and .txt files, plain or .gz / .zst.
+    """Local .jsonl, .json, .parquet and .txt files, the text formats also with .gz, .zst, .xz or .bz2.
 
     Args:
-        files: Paths, globs, or folders (searched through); one needs no list.
+        files: Paths, globs, or folders (searched through, linked ones too); one needs no list.
         exclude: Glob or globs on file names to leave out of `files`.
         val_files: Further validation domains: name -> path(s), glob(s) or folder(s). A training document that
             occurs there is left out of training. These domains have no test documents.
@@ -40,7 +43,8 @@ class TextFiles(IndexedData):
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's validation domain; null: all are "text".
         txt_documents: How a .txt becomes documents: the whole file, each line, or each paragraph (blank line
-            between).
+            between). Line ends inside a document stay as they are, CR and CR LF too.
+        max_document_length: UTF-8 bytes of a document, or of a JSON row; a longer one is refused.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class TextFiles(IndexedData):
         text_field: str = "text",
         domain_field: str | None = None,
         txt_documents: TxtDocuments = "file",
+        max_document_length: int = MAX_DOCUMENT_LENGTH,
         **common: Any,
     ):
         super().__init__(**common)
@@ -63,6 +68,9 @@ class TextFiles(IndexedData):
             raise BadInput(
                 f"txt_documents: {txt_documents!r} is not allowed; allowed: file, line, paragraph."
             )
+        if max_document_length < 1:
+            raise BadInput(f"max_document_length: {max_document_length} is not allowed; allowed: 1 or more.")
+        self.max_document_length = max_document_length
         self.files, self.val_files = files, val_files or {}
         self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
         self.val_fraction = val_fraction
@@ -71,15 +79,16 @@ class TextFiles(IndexedData):
 
     def sources(self) -> list[Source]:
         return [
-            file_source(path, self.text_field, self.domain_field, "text", self.txt_documents)
-            for path in find_files(self.files, self.exclude)
+            self._source(path, self.domain_field, "text") for path in find_files(self.files, self.exclude)
         ]
 
     def validation_sources(self) -> dict[str, list[Source]]:
         return {
-            name: [
-                file_source(path, self.text_field, None, name, self.txt_documents)
-                for path in find_files(patterns, field=f"val_files.{name}")
-            ]
+            name: [self._source(path, None, name) for path in find_files(patterns, field=f"val_files.{name}")]
             for name, patterns in self.val_files.items()
         }
+
+    def _source(self, path: Path, domain_field: str | None, domain: str) -> Source:
+        return file_source(
+            path, self.text_field, domain_field, domain, self.txt_documents, self.max_document_length
+        )

@@ -4,20 +4,25 @@ import hashlib
 import json
 import logging
 import lzma
-import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from datamodules.documents import held_out, is_test
+from datamodules.limits import MAX_DOMAINS
 from datamodules.token_cache import Shard
 from datamodules.tokenizer import Tokenizer
 from t6_lightning.common.errors import BadInput
 
 log = logging.getLogger(__name__)
+
+COMPRESSED_BYTES = 32 << 20
+"""Validation text up to this size is compressed by gzip and xz for comparison."""
+ANNOUNCED_BYTES = 4 << 20
+"""Validation text from this size on takes some seconds."""
 
 
 class DocumentTable:
@@ -33,6 +38,10 @@ class DocumentTable:
         self.length = _joined([np.diff(shard.offsets) for shard in shards], np.int64)
         """Ids, without separator."""
         self.n_bytes = _joined([shard.n_bytes for shard in shards], np.int64)
+        self.lost = _joined(
+            [np.zeros(len(shard.key)) if shard.lost is None else shard.lost for shard in shards], np.int64
+        )
+        """UTF-8 bytes that the document's ids do not give back."""
         self.key = _joined([shard.key for shard in shards], np.uint64)
         index = {name: i for i, name in enumerate(domains)}
         numbers = [np.array([index[name] for name in shard.domains])[shard.domain] for shard in shards]
@@ -96,8 +105,7 @@ class Corpus:
                 f"val_fraction: {val_fraction} of {len(self.table)} documents leaves none to train on."
             )
 
-        held = {name: self._in_order(validates, i) for i, name in enumerate(all_domains)}
-        self.held_out_documents = {name: documents for name, documents in held.items() if len(documents)}
+        self.held_out_documents = self._by_domain(np.flatnonzero(validates), all_domains)
         """domain -> numbers of all its held-out documents, int64; `val_tokens` does not cap them."""
         if not self.held_out_documents:
             raise BadInput(
@@ -122,10 +130,14 @@ class Corpus:
         }
         """domain -> numbers of its test documents, maybe none, in their fixed order, int64."""
 
-    def _in_order(self, held: np.ndarray, domain: int) -> np.ndarray:
-        """Held-out documents of one domain in the order of their hashes, so that a cap leaves a sample."""
-        documents = np.flatnonzero(held & (self.table.domain == domain))
-        return documents[np.argsort(self.table.key[documents], kind="stable")]
+    def _by_domain(self, documents: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+        """Documents by domain, in the order of `names` and then of their hashes, so that a cap leaves a sample."""
+        domain = self.table.domain[documents]
+        order = np.lexsort((self.table.key[documents], domain))
+        present, begins = np.unique(domain[order], return_index=True)
+        check_domains([names[i] for i in present.tolist()])
+        parts = np.split(documents[order], begins[1:]) if len(present) else []
+        return {names[i]: part for i, part in zip(present.tolist(), parts, strict=True)}
 
     def _capped(self, documents: np.ndarray, val_tokens: int | None) -> np.ndarray:
         if val_tokens is None:
@@ -187,13 +199,22 @@ def counts_of(table: DocumentTable, documents: np.ndarray, side: str) -> dict[st
     }
 
 
-def held_out_summary(
-    validation: Side, test: Side, tokenizer: Tokenizer, most_bytes: float = math.inf
-) -> dict[str, Any]:
+def check_domains(names: Collection[str]) -> None:
+    """Refuse more validation domains than there may be. Raises BadInput."""
+    if len(names) > MAX_DOMAINS:
+        raise BadInput(
+            f"domain_field: it gives {len(names):,} validation domains, such as {min(names)!r}; allowed: up to "
+            f"{MAX_DOMAINS:,}; name a column with fewer values, or null for one domain."
+        )
+
+
+def held_out_summary(validation: Side, test: Side, tokenizer: Tokenizer) -> dict[str, Any]:
     """Counts of validation and test documents, in all and of each validation domain, and what compressors reach.
 
     `gzip_` and `xz_bits_per_byte` (-9): of each domain's validation text as one stream, left out when the
-    tokenizer does not keep every byte, or when the text has more than `most_bytes`.
+    tokenizer does not keep every byte, or when the text has more than COMPRESSED_BYTES.
+    `val_lost_share`, of a tokenizer that may lose text: the share of the validation bytes that it loses, with which
+    bits per byte cannot be compared with that of other tokenizers.
     """
     table, documents = validation
     domains = {
@@ -201,16 +222,31 @@ def held_out_summary(
         for name, chosen in documents.items()
     }
     summary: dict[str, Any] = total(domains.values()) | {"domains": domains}
-    if tokenizer.token_bytes is not None and summary["val_bytes"] <= most_bytes:
-        texts = [
-            b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in chosen)
-            for chosen in documents.values()
-        ]
-        gz = sum(_gzip_size(text) for text in texts)
-        xz = sum(len(lzma.compress(text, preset=9)) for text in texts)
+    if tokenizer.token_bytes is None:
+        summary["val_lost_share"] = lost_share(table, np.concatenate(list(documents.values())))
+    elif summary["val_bytes"] <= COMPRESSED_BYTES:
+        gz = xz = 0
+        if summary["val_bytes"] > ANNOUNCED_BYTES:
+            log.info("Compressing %.0f MB of validation text, to compare with.", summary["val_bytes"] / 1e6)
+        for chosen in documents.values():
+            text = b"".join(tokenizer.decode_bytes(table.tokens(document)) for document in chosen)
+            gz += _gzip_size(text)
+            xz += _xz_size(text)
         summary["gzip_bits_per_byte"] = 8 * gz / summary["val_bytes"]
         summary["xz_bits_per_byte"] = 8 * xz / summary["val_bytes"]
     return summary
+
+
+def lost_share(table: DocumentTable, documents: np.ndarray) -> float:
+    """The share of the documents' UTF-8 bytes that the tokenizer loses; warns where it is not 0."""
+    share = float(table.lost[documents].sum() / max(table.n_bytes[documents].sum(), 1))
+    if share > 0:
+        log.warning(
+            "tokenizer: it loses %.2g %% of the bytes of the validation text, which its tokens do not give back; bits "
+            "per byte cannot be compared with other tokenizers.",
+            100 * share,
+        )
+    return share
 
 
 def total(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -226,5 +262,18 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 def _gzip_size(text: bytes) -> int:
     """Bytes that `gzip -9` writes for the text, its 18 bytes of header and trailer included."""
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return len(compressor.compress(text)) + len(compressor.flush()) + 18
+    return _written(zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS), text) + 18
+
+
+def _xz_size(text: bytes) -> int:
+    """Bytes that `xz -9` writes for the text."""
+    # A dictionary as large as the text finds all that the preset's 64 MiB do, which take 0.1 s to set up.
+    dictionary = max(len(text), 4096)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]
+    return _written(lzma.LZMACompressor(filters=filters), text)
+
+
+def _written(compressor: Any, text: bytes) -> int:
+    """Bytes that a compressor writes. It is fed in parts: signals are handled between them."""
+    parts = (text[begin : begin + (1 << 18)] for begin in range(0, len(text), 1 << 18))
+    return sum(len(compressor.compress(part)) for part in parts) + len(compressor.flush())

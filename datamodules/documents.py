@@ -40,6 +40,11 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+def utf8_bytes(text: str) -> int:
+    """Length of a text in UTF-8, half surrogates included."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can hold a text: JSON may escape half of a surrogate pair, which no tokenizer takes."""
     try:

@@ -250,6 +250,9 @@ class Mixture(TokenData):
             if all(key in part for part in parts.values()):
                 bits = sum(part[key] * part["val_bytes"] for part in parts.values())
                 summary[key] = bits / summary["val_bytes"]
+        if any("val_lost_share" in part for part in parts.values()):
+            lost = sum(part["val_lost_share"] * part["val_bytes"] for part in parts.values())
+            summary["val_lost_share"] = lost / max(sum(part["val_bytes"] for part in parts.values()), 1)
         return summary | {"sources": parts}
 
     def corpus_identity(self) -> str:

@@ -1,9 +1,9 @@
 """Pieces: the parts in which streamed files are read, tokenized and cached, numbered 0, 1, ... in each file.
 
 Of a parquet file a piece is ROWS_PER_PIECE rows of a row group, so that any depth costs one footer, one column chunk
-and the tokenizing of few documents. Of JSON lines
-(plain, .gz or .zst) piece k holds the lines that begin within bytes k*P .. (k+1)*P - 1 of the decompressed file
-(P = LINES_BYTES): what lies before it must be decompressed once to get there, at most the file.
+and the tokenizing of few documents. Of JSON lines, plain or compressed, piece k holds the lines that begin within bytes
+k*P .. (k+1)*P - 1 of the decompressed file (P = LINES_BYTES): what lies before it must be decompressed once to get
+there, at most the file.
 """
 
 import contextlib
@@ -11,17 +11,19 @@ import hashlib
 import io
 import json
 import logging
-import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from datamodules.documents import Damage, Document, Source, hash64, is_unicode
+from datamodules.decompression import COMPRESSIONS, Damaged, decompressed
+from datamodules.documents import Damage, Document, Source, hash64, is_unicode, utf8_bytes
 from datamodules.json_rows import reach
+from datamodules.limits import MAX_DOCUMENT_LENGTH
+from datamodules.parquet_rows import rows_at_once
 from datamodules.stores import LOCAL, Store, StoredFile, count_damage, counting
 from datamodules.token_cache import PieceCache, Shard
 from t6_lightning.common.errors import BadInput, first_line
@@ -39,8 +41,6 @@ RECIPE = 2
 LINES_BYTES = 2 << 20
 FETCHED_AT_ONCE = (1 << 20, 8 << 20)
 """Stored bytes of a compressed file asked for at a time: at first, and at most on a long way."""
-DECOMPRESSED_AT_ONCE = 1 << 14
-"""Stored bytes given to the decompressor at a time: so much, at most, is lost in front of damage."""
 ROWS_PER_PIECE = 50
 ROW_GROUP_BYTES = 64 << 20
 """Stored bytes of a row group's columns up to which they are fetched in one go; larger ones come in parts."""
@@ -48,8 +48,9 @@ HELD_BYTES = 256 << 20
 """Stored bytes of row groups that a reader holds for their next pieces."""
 FOOTERS_KEPT = 64
 
+TOO_LONG = "a document longer than max_document_length is left out"
+
 PARQUET, LINES = ".parquet", (".jsonl", ".json")
-COMPRESSIONS = (".gz", ".zst")
 
 
 Fetched = list[tuple[int, bytes]]
@@ -72,6 +73,7 @@ class Pieces:
         cache: Where tokenized pieces are kept; None where only texts are asked for.
         text_field: Column that holds the text; a dotted name reaches into an object.
         domain_field: Column whose value labels a document's domain; None: all are `domain`.
+        most: UTF-8 bytes of a document or line; longer ones are left out.
         told: Damage of pieces read before, which is not counted again; what is met is added to it.
     """
 
@@ -84,8 +86,10 @@ class Pieces:
         domain_field: str | None,
         domain: str,
         told: Damage | None = None,
+        most: int = MAX_DOCUMENT_LENGTH,
     ):
         self.told: Damage = Counter() if told is None else told
+        self.most = most
         self.store, self.files, self.cache = store, files, cache
         self.text_field, self.domain_field, self.domain = text_field, domain_field, domain
         self._start_anew()
@@ -174,6 +178,8 @@ class Pieces:
         for text, label in rows:
             if isinstance(text, str) and not is_unicode(text):
                 damage["a row with half of a surrogate pair is left out", self._place(file, piece)] += 1
+            elif isinstance(text, str) and utf8_bytes(text) > self.most:
+                damage[TOO_LONG, self._place(file)] += 1
             elif isinstance(text, str) and text:
                 yield Document(text, self.domain if label is None else str(label), hash64(text))
             elif text is not None and text != "":
@@ -203,7 +209,8 @@ class Pieces:
             reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=buffered)
             row = -slice_of_group * ROWS_PER_PIECE
             try:
-                for batch in reader.iter_batches(ROWS_PER_PIECE, [group], columns=roots, use_threads=False):
+                size = rows_at_once(footer, [group], roots, ROWS_PER_PIECE)
+                for batch in reader.iter_batches(size, [group], columns=roots, use_threads=False):
                     wanted = batch.slice(
                         max(-row, 0), max(min(ROWS_PER_PIECE - row, len(batch)) - max(-row, 0), 0)
                     )
@@ -255,7 +262,7 @@ class Pieces:
 
     def _line_rows(self, file: int, piece: int, damage: Damage) -> Iterator[tuple[Any, Any]]:
         if file not in self._lines or self._lines[file].next > piece:
-            self._lines[file] = _Lines(self.store, self.files[file])
+            self._lines[file] = _Lines(self.store, self.files[file], self.most)
         reader = self._lines[file]
         try:
             lines = reader.piece(piece)
@@ -271,12 +278,14 @@ class Pieces:
         columns = [self.text_field, *([self.domain_field] if self.domain_field else [])]
         names: set[str] = set()
         for line in lines.split(b"\n"):
-            if line.strip():
+            if len(line) > self.most:
+                damage[TOO_LONG, self._place(file)] += 1
+            elif line.strip():
                 try:
                     row = json.loads(line)
                     names.update(row.keys())
                     values = [reach([row.get(name.split(".")[0])], name)[0] for name in columns]
-                except (ValueError, TypeError, AttributeError):  # no JSON, or no object
+                except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or no object
                     damage["a malformed row is left out", self._place(file, piece)] += 1
                     continue
                 yield values[0], values[1] if self.domain_field else None
@@ -297,6 +306,8 @@ class Pieces:
         stored = self.files[file]
         place = f"{self.store.name} {stored.path} {stored.size} {stored.content}"
         columns = f"{self.text_field} {self.domain_field or '=' + self.domain}"
+        if self.most != MAX_DOCUMENT_LENGTH:  # entries of before there was a limit stay valid
+            columns += f" {self.most}"
         return f"{RECIPE} {place} {piece} {columns} {LINES_BYTES} {ROWS_PER_PIECE}"
 
     def _kept(self, kind: str, file: int) -> Path:
@@ -316,13 +327,14 @@ class _End(Exception):
 class _Lines:
     """Reads a file of lines forward, piece by piece."""
 
-    def __init__(self, store: Store, file: StoredFile):
+    def __init__(self, store: Store, file: StoredFile, most: int):
         self.next = 0
         """Number of the piece that comes next."""
         self.damage: Counter[str] = Counter()
         """Why the file ends before its end, where it does."""
         self._skipping = False
-        self._pieces = _cut(_decompressed(self._stored(store, file), file.path, self.damage))
+        name = f"{store.name}/{file.path}"
+        self._pieces = _cut(_decompressed(self._stored(store, file), name, self.damage), most, self.damage)
 
     def piece(self, number: int) -> bytes | None:
         """The lines of a piece not before `next`; None behind the end, and `next` is then their number."""
@@ -344,41 +356,36 @@ class _Lines:
 
 
 def _decompressed(chunks: Iterator[bytes], path: str, damage: Counter[str]) -> Iterator[bytes]:
-    """The text of a .gz or .zst, all its members; other files as they are. What is cut or damaged ends there, and
-    `damage` then says so."""
-    if path.endswith(".gz"):
-        begin: Callable[[], Any] = lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)  # noqa: E731
-    elif path.endswith(".zst"):
-        import zstandard
-
-        begin = lambda: zstandard.ZstdDecompressor().decompressobj()  # noqa: E731
-    else:
-        yield from chunks
-        return
-    member = None
+    """The text of a file. What is cut or damaged ends there, and `damage` then says so."""
     try:
-        for chunk in chunks:
-            for first in range(0, len(chunk), DECOMPRESSED_AT_ONCE):
-                part = chunk[first : first + DECOMPRESSED_AT_ONCE]
-                while part:
-                    member = begin() if member is None else member
-                    yield member.decompress(part)
-                    part = b""
-                    if member.eof:
-                        part, member = member.unused_data, None
-    except BadInput:
-        raise
-    except Exception as error:  # zlib's or zstandard's
-        damage[f"the file is damaged ({first_line(error)}); what follows in it is left out"] += 1
-        return
-    if member is not None:
-        damage["the file is cut off; what is whole in it is read"] += 1
+        yield from decompressed(chunks, path)
+    except Damaged as fault:
+        if fault.cut:
+            damage["the file is cut off; what is whole in it is read"] += 1
+        else:
+            damage[f"the file is damaged ({fault.reason}); what follows in it is left out"] += 1
 
 
-def _cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Piece after piece: the lines that begin within each LINES_BYTES of the text."""
-    text, offset, boundary = bytearray(), 0, LINES_BYTES
+def _cut(chunks: Iterator[bytes], most: int, damage: Counter[str]) -> Iterator[bytes]:
+    """Piece after piece: the lines that begin within each LINES_BYTES of the text. Of a line of more than `most` bytes
+    nothing is left but its end."""
+    text, offset, boundary, dropped = bytearray(), 0, LINES_BYTES, 0
     for chunk in chunks:
+        if dropped:
+            end = chunk.find(b"\n") + 1
+            dropped += end or len(chunk)
+            if not end:
+                continue
+            chunk = chunk[end:]
+            offset, dropped = offset + dropped, 0  # of what follows, and of it alone a place is looked for
+            if offset + len(text) >= boundary:
+                yield bytes(text)
+                offset += len(text)
+                text.clear()
+                boundary += LINES_BYTES
+                while offset >= boundary:
+                    yield b""
+                    boundary += LINES_BYTES
         text += chunk
         while offset + len(text) >= boundary:
             # The first line that begins at or behind the boundary.
@@ -392,6 +399,11 @@ def _cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
             while offset >= boundary:  # a line longer than a piece
                 yield b""
                 boundary += LINES_BYTES
+        begin = text.rfind(b"\n") + 1
+        if len(text) - begin > most:
+            damage[TOO_LONG] += 1
+            dropped = len(text) - begin
+            del text[begin:]
     if text:
         yield bytes(text)
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock
 
 from datamodules.documents import Damage
+from datamodules.folders import files_below
+from datamodules.system_faults import named
 from t6_lightning.common.errors import BadInput, SourceUnavailable, first_line
 from t6_lightning.common.files import write_atomically
 from t6_lightning.common.home import t6_home
@@ -112,15 +114,16 @@ class Folder:
 
     def files(self, patterns: list[str]) -> list[StoredFile]:
         found = []
-        for file in self.root.rglob("*"):
+        for file in files_below(self.root):
             path = file.relative_to(self.root).as_posix()
-            if any(fnmatch(path, pattern) for pattern in patterns) and file.is_file():
-                stat = file.stat()
+            if any(fnmatch(path, pattern) for pattern in patterns):
+                with named(str(file)):
+                    stat = file.stat()
                 found.append(StoredFile(path, stat.st_size, f"{file} {stat.st_mtime_ns}"))
         return sorted(found)
 
     def read(self, file: StoredFile, begin: int, end: int) -> bytes:
-        with open(self.root / file.path, "rb") as opened:
+        with named(f"{self.name}/{file.path}"), open(self.root / file.path, "rb") as opened:
             opened.seek(begin)
             data = opened.read(end - begin)
         if len(data) != min(end, file.size) - begin:

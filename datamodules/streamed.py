@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from datamodules.base import TokenData
-from datamodules.corpus import DocumentTable, Side, held_out_summary
+from datamodules.corpus import DocumentTable, Side, check_domains, held_out_summary
 from datamodules.documents import Damage, Document, HeldOut, is_test
 from datamodules.lanes import Lanes
+from datamodules.limits import MAX_DOCUMENT_LENGTH
 from datamodules.packing import ValidationWindows, Windows
 from datamodules.pieces import Pieces, readable
 from datamodules.stores import LOCAL, PATIENCE_SECONDS, Store, StoredFile, open_store
@@ -40,8 +41,6 @@ VALIDATION_PIECES = 128
 out of training files, these pieces are the first ones of each of the spread files, in equal shares."""
 TEST_NAMES = ["test[/._-]*", "*[/._-]test[/._-]*"]
 """Files to test on in a folder that just holds some."""
-COMPRESSED_BYTES = 32 << 20
-"""Validation text up to this size is compressed by gzip and xz for comparison."""
 
 
 class StreamedData(TokenData):
@@ -61,6 +60,7 @@ class StreamedData(TokenData):
             processes read only their own lanes where lanes is a multiple of batch_size * ranks * num_workers.
         cache_gb: Tokenized text kept on disk, in 10^9 bytes; what was not used for longest goes first.
         patience: Seconds that a failing read is tried again before the run stops.
+        max_document_length: UTF-8 bytes of a document, or of a JSON line; a longer one is left out and counted.
     """
 
     streamed = True
@@ -87,6 +87,7 @@ class StreamedData(TokenData):
         lanes: int = 64,
         cache_gb: float = 50.0,
         patience: float = PATIENCE_SECONDS,
+        max_document_length: int = MAX_DOCUMENT_LENGTH,
         **common: Any,
     ):
         super().__init__(val_tokens=val_tokens, **common)
@@ -100,6 +101,9 @@ class StreamedData(TokenData):
             raise BadInput(f"cache_gb: {cache_gb} is not allowed; allowed: more than 0.")
         if path is None and repository.count("/") != 1:
             raise BadInput(f"repository: {repository!r} is not allowed; allowed: owner/name.")
+        if max_document_length < 1:
+            raise BadInput(f"max_document_length: {max_document_length} is not allowed; allowed: 1 or more.")
+        self.max_document_length = max_document_length
         self.repository, self.revision, self.path = repository, revision, path
         self.text_field, self.domain_field = text_field, domain_field
         self.val_fraction, self.lanes, self.cache_gb, self.patience = val_fraction, lanes, cache_gb, patience
@@ -171,7 +175,8 @@ class StreamedData(TokenData):
         return self._pieces_in(files, PieceCache(self.tokenizer, int(self.cache_gb * 1e9)))
 
     def _pieces_in(self, files: list[StoredFile], cache: PieceCache | None) -> Pieces:
-        return Pieces(self.store, files, cache, self.text_field, self.domain_field, self.domain, self.damage)
+        columns = self.text_field, self.domain_field, self.domain
+        return Pieces(self.store, files, cache, *columns, self.damage, self.max_document_length)
 
     @property
     def validation(self) -> Side:
@@ -236,6 +241,7 @@ class StreamedData(TokenData):
             shards.append(shard)
             first += len(lengths)
             names = set().union(*(choice.names for choice in sides))
+            check_domains(names)
             if len(shards) == VALIDATION_PIECES or (names and all(choice.is_full(names) for choice in sides)):
                 break
         if first == 0:
@@ -291,7 +297,7 @@ class StreamedData(TokenData):
         try:
             held = json.loads(kept.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            held = held_out_summary(*self._sides, self.tokenizer, COMPRESSED_BYTES)
+            held = held_out_summary(*self._sides, self.tokenizer)
             write_atomically(kept, json.dumps(held))
         return {
             "source": self.store.name,
@@ -393,7 +399,8 @@ class C4(StreamedData):
     and to test on.
 
     Args:
-        config: en, en.noblocklist, en.noclean, realnewslike, or a language of the multilingual part (mC4).
+        config: en, en.noblocklist, en.noclean, realnewslike, or a language of the multilingual part (mC4), English
+            as en-multi.
     """
 
     domain = "c4"
@@ -404,7 +411,9 @@ class C4(StreamedData):
         if config in ("en", "en.noblocklist", "en.noclean", "realnewslike"):
             prefix, train, validation = f"{config}/c4", "-train.", "-validation."
         else:
-            prefix, train, validation = f"multilingual/c4-{config}", ".tfrecord-", "-validation.tfrecord-"
+            # The hub's name of the English part of mC4 tells it from C4; its files are named as of any language.
+            language = "en" if config == "en-multi" else config
+            prefix, train, validation = f"multilingual/c4-{language}", ".tfrecord-", "-validation.tfrecord-"
         self.train_patterns = [f"{prefix}{train}*.json.gz"]
         self.val_patterns = [f"{prefix}{validation}*.json.gz"]
 

@@ -10,6 +10,7 @@ T6_HOME/tokens/KEY, or T6_HOME/tokens/pieces/KEY, is a safetensors file, written
     key          uint64 (n_documents,)       its hash for the train/validation split
     counts       int64  (vocab_size,)        how often each id occurs; not for pieces
     token_bytes  uint32 (n_tokens,)          bytes each token covers; only where an id does not tell
+    lost         int64  (n_documents,)       bytes that the ids do not give back; only where there are token_bytes
 
 and its metadata: `domains` (a JSON list), `damage` (what had to be left out, a JSON list of [kind, place, how often]),
 what it was made of, and a SHA-256 of arrays and domains.
@@ -24,7 +25,6 @@ import hashlib
 import io
 import json
 import logging
-import mmap
 import os
 import shutil
 import tempfile
@@ -40,7 +40,9 @@ import numpy as np
 from filelock import FileLock
 
 from datamodules.documents import Damage, Document, Source
+from datamodules.mapping import mapped
 from datamodules.progress import TokenizingProgress
+from datamodules.system_faults import named, written
 from datamodules.tokenizer import Tokenizer
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
@@ -50,8 +52,12 @@ log = logging.getLogger(__name__)
 LAYOUT = 3
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
+CHARACTERS_AHEAD = 16 << 20
+"""Of batches that wait or are encoded at a time, where there are several."""
 IN_MEMORY_BYTES = 16 << 20
 """Ids of a source held in memory while it is tokenized; more go through a file."""
+COUNTED_AT_ONCE = 1 << 20
+"""Ids, of which numpy makes wider ones to count them."""
 DTYPES = {"U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
 """Safetensors' names of numpy's types."""
 TOKENIZING_THREADS = min(4, os.cpu_count() or 1)
@@ -68,6 +74,7 @@ class Shard:
     key: np.ndarray
     counts: np.ndarray | None
     token_bytes: np.ndarray | None
+    lost: np.ndarray | None
     domains: list[str]
     checksum: str
     """sha256 (hex) over everything above: the same wherever and whenever it was tokenized."""
@@ -130,7 +137,8 @@ def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard
 
 
 def _key(source: Source, tokenizer: Tokenizer) -> str:
-    text = f"{LAYOUT}\0{source.identity}\0{tokenizer.fingerprint}"
+    layout = f"{LAYOUT}" if tokenizer.token_bytes is not None else f"{LAYOUT} lost"
+    text = f"{layout}\0{source.identity}\0{tokenizer.fingerprint}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -148,19 +156,20 @@ def _stat(file: Path) -> os.stat_result:
 
 def _fill(file: Path, source: Source, tokenizer: Tokenizer, progress: TokenizingProgress | None) -> Shard:
     """Tokenize a source into its file. Without `progress` it is a piece, which may be empty."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed set of lock files: pieces are too many to have one each.
-    with FileLock(file.with_name(f"{file.name[:2]}.lock")):
-        if shard := _open(file):  # another process was faster
-            return shard
-        # Under the lock nobody else writes this entry: what lies here was left by a process that was killed.
-        beside = file.with_suffix(".tmp")
-        try:
-            _write(source, tokenizer, beside, progress)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
-        shard = _open(file)
+    with written(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A fixed set of lock files: pieces are too many to have one each.
+        with FileLock(file.with_name(f"{file.name[:2]}.lock")):
+            if shard := _open(file):  # another process was faster
+                return shard
+            # Under the lock nobody else writes this entry: what lies here was left by a process that was killed.
+            beside = file.with_suffix(".tmp")
+            try:
+                _write(source, tokenizer, beside, progress)
+                os.replace(beside, file)
+            finally:
+                beside.unlink(missing_ok=True)
+            shard = _open(file)
     if shard is None:
         raise OSError(f"{file} does not read back as it was written.")
     return shard
@@ -173,10 +182,12 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
     lengths: list[int] = []
     n_bytes: list[int] = []
     domain: list[int] = []
+    lost: list[int] = []
     key: list[int] = []
     domains: dict[str, int] = {}
     with _spooled(file) as tokens, _spooled(file) as token_bytes:
-        for documents, encoded in _encoded(_batches(source.documents()), tokenizer):
+
+        def take(documents: list[Document], encoded: Encoded) -> None:
             for document, (ids, covered) in zip(documents, encoded, strict=True):
                 if len(ids) == 0:  # nothing to predict: blanks that the tokenizer drops
                     continue
@@ -184,17 +195,25 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
                 n_bytes.append(int(covered.sum()))
                 domain.append(domains.setdefault(document.domain, len(domains)))
                 key.append(document.key)
+                tokens.write(ids.astype(dtype).data)
                 if by_id is None:
-                    token_bytes.write(covered.astype(np.uint32).tobytes())
-            ids = np.concatenate([ids for ids, _ in encoded])
-            tokens.write(ids.astype(dtype).tobytes())
+                    lost.append(tokenizer.lost_bytes(document.text, ids))
+                    token_bytes.write(covered.astype(np.uint32).data)
+                if progress is not None:
+                    for begin in range(0, len(ids), COUNTED_AT_ONCE):
+                        counts[:] += np.bincount(ids[begin : begin + COUNTED_AT_ONCE], minlength=len(counts))
             if progress is not None:
-                counts += np.bincount(ids, minlength=len(counts))
-                progress.add(source.name, len(documents), len(ids))
+                progress.add(source.name, len(documents), sum(len(ids) for ids, _ in encoded))
+            if len(domains) > 1 << 16:
+                raise BadInput(
+                    f"domain_field: {source.name} has more than {1 << 16:,} domains; name a column with fewer values."
+                )
+
+        for batch in _encoded(_batches(source.documents()), tokenizer):
+            take(*batch)
+            del batch  # a single document may be long: two of them are not held at a time
         if not lengths and progress is not None:
             raise BadInput(f"{source.name} holds no documents.")
-        if len(domains) > 1 << 16:
-            raise BadInput(f"domain_field: {source.name} has {len(domains)} domains; allowed: up to 65536.")
         # The widest first, so that each array begins where its dtype may lie.
         parts: dict[str, tuple[str, int, IO[bytes]]] = {
             "offsets": _part("I64", np.cumsum([0, *lengths], dtype="<i8")),
@@ -204,6 +223,7 @@ def _write(source: Source, tokenizer: Tokenizer, file: Path, progress: Tokenizin
         if progress is not None:
             parts["counts"] = _part("I64", counts.astype("<i8"))
         if by_id is None:
+            parts["lost"] = _part("I64", np.array(lost, dtype="<i8"))
             parts["token_bytes"] = "U32", sum(lengths), token_bytes
         parts["tokens"] = f"U{8 * dtype.itemsize}", sum(lengths), tokens
         parts["domain"] = _part("U16", np.array(domain, dtype="<u2"))
@@ -273,26 +293,39 @@ Encoded = list[tuple[np.ndarray, np.ndarray]]
 def _encoded(
     batches: Iterator[list[Document]], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[Document], Encoded]]:
-    """The batches in order, each with its ids: threads encode some batches ahead while this one reads."""
-    waiting: deque[tuple[list[Document], Future[Encoded]]] = deque()
+    """The batches in order, each with its ids: threads encode some batches ahead while this one reads, as long as the
+    batches together have no more than CHARACTERS_AHEAD."""
+    waiting: deque[tuple[list[Document], Future[Encoded], int]] = deque()
+    characters = 0
     with ThreadPoolExecutor(TOKENIZING_THREADS) as pool:
         for batch in chain(batches, [None]):
-            if batch is not None:
-                texts = [document.text for document in batch]
-                waiting.append((batch, pool.submit(tokenizer.encode_batch_with_bytes, texts)))
-            while waiting and (batch is None or len(waiting) > 2 * TOKENIZING_THREADS):
-                documents, future = waiting.popleft()
+            texts = [document.text for document in batch or []]
+            length = sum(map(len, texts))
+            while waiting and (
+                batch is None
+                or len(waiting) > 2 * TOKENIZING_THREADS
+                or characters + length > CHARACTERS_AHEAD
+            ):
+                documents, future, finished = waiting.popleft()
                 yield documents, future.result()
+                characters -= finished
+                del documents, future
+            if batch is not None:
+                waiting.append((batch, pool.submit(tokenizer.encode_batch_with_bytes, texts), length))
+                characters += length
+                del texts
 
 
 def _open(file: Path) -> Shard | None:
     """The entry, checked; None if there is none or (with a warning) a damaged one."""
     try:
-        with open(file, "rb") as opened:
-            contents = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-    except FileNotFoundError:  # also removed meanwhile: it was not used for long
-        return None
-    except (OSError, ValueError) as error:  # not readable; empty
+        with named(str(file)):
+            contents = mapped(file)
+    except BadInput as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # also removed meanwhile: it was not used for long
+            return None
+        raise
+    except ValueError as error:  # empty
         log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
         return None
     try:
@@ -316,10 +349,11 @@ def _open(file: Path) -> Shard | None:
             key=data["key"],
             counts=data.get("counts"),
             token_bytes=data.get("token_bytes"),
+            lost=data.get("lost"),
             domains=domains,
             checksum=metadata["sha256"],
             damage=Counter({(kind, place): n for kind, place, n in json.loads(metadata["damage"])}),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
         return None

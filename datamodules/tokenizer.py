@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -10,6 +12,9 @@ from datamodules.byte_level import gpt2_ranks, tiktoken_encoding, token_to_bytes
 from datamodules.tokenizer_loading import load_definition
 
 RAW_BYTES = "bytes"
+
+LONG_BLANK = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{65536,}+")
+"""A run of what Unicode calls white space, as tiktoken's pattern understands it."""
 
 
 class Tokenizer:
@@ -32,7 +37,7 @@ class Tokenizer:
     def __init__(self, definition: str, eot: int | None = None):
         self._definition, self._eot = definition, eot
         self.fingerprint = hashlib.sha256(self.to_json().encode()).hexdigest()
-        self._tiktoken = self._tokenizers = None
+        self._tiktoken = self._tokenizers = self._unknown = None
         spec = None if definition == RAW_BYTES else json.loads(definition)
         if spec is None:
             pieces: dict[int, bytes] | None = {byte: bytes([byte]) for byte in range(256)}
@@ -49,6 +54,8 @@ class Tokenizer:
             self._tokenizers.no_truncation()
             self._tokenizers.no_padding()
             vocab = self._tokenizers.get_vocab(with_added_tokens=True)
+            model = spec["model"]
+            self._unknown = vocab.get(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
             pieces = _byte_level_pieces(spec, vocab)
             largest = max(vocab.values())
         self.eot = largest + 1 if eot is None else eot
@@ -67,17 +74,46 @@ class Tokenizer:
         """Ids of each text, int32 (n,) each. Releases the interpreter lock for the most part."""
         texts = [_valid_utf8(text) for text in texts]
         if self._tiktoken is not None:
-            encode = self._tiktoken.encode_to_numpy
-            return [encode(text, disallowed_special=()).view(np.int32) for text in texts]
+            return [self._byte_level_ids(text) for text in texts]
         if self._tokenizers is not None:
             encodings = self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
+    def _byte_level_ids(self, text: str) -> np.ndarray:
+        assert self._tiktoken is not None
+        try:
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+        except ValueError:  # its pattern gives up on a run of a million blanks
+            parts, at = [], 0
+            for run in LONG_BLANK.finditer(text):
+                # All of them are one word at the end of the text, else all but the last, which begins the next word.
+                end = run.end() - (run.end() < len(text))
+                parts += [text[at : run.start()], text[run.start() : end]]
+                at = end
+            if not parts:
+                raise
+            parts.append(text[at:])
+            encode = self._tiktoken.encode_to_numpy
+            return np.concatenate([encode(part, disallowed_special=()).view(np.int32) for part in parts])
+
+    def lost_bytes(self, text: str, ids: np.ndarray) -> int:
+        """UTF-8 bytes of characters that the ids do not give back, as [UNK] and lower-casing leave none or others.
+
+        A lower bound: characters are counted, not compared place by place.
+        """
+        if self._tokenizers is None:
+            return 0
+        known = [id for id in ids.tolist() if id != self._unknown]
+        if (decoded := self._tokenizers.decode(known, skip_special_tokens=False)) == text:
+            return 0
+        lost = Counter(text) - Counter(decoded)
+        return sum(times * len(character.encode("utf-8", "replace")) for character, times in lost.items())
+
     def encode_batch_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, UTF-8 bytes each id covers, uint32) of each text; the bytes add up to the text's, exactly."""
+        """(ids, UTF-8 bytes each id covers, uint16 or uint32) of each text; they add up to the text's, exactly."""
         if self.token_bytes is not None:
-            return [(ids, self.token_bytes[ids].astype(np.uint32)) for ids in self.encode_batch(texts)]
+            return [(ids, self.token_bytes[ids]) for ids in self.encode_batch(texts)]
         assert self._tokenizers is not None
         texts = [_valid_utf8(text) for text in texts]
         encodings = self._tokenizers.encode_batch(texts, add_special_tokens=False)

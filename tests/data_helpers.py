@@ -1,7 +1,9 @@
 """What the tests of datamodules share: where the real text is, small files, small tokenizers."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +39,10 @@ def write(path: Path, data: str | bytes) -> Path:
     raw = data.encode() if isinstance(data, str) else data
     if path.suffix == ".gz":
         raw = gzip.compress(raw)
+    elif path.suffix == ".xz":
+        raw = lzma.compress(raw)
+    elif path.suffix == ".bz2":
+        raw = bz2.compress(raw)
     elif path.suffix == ".zst":
         raw = zstandard.ZstdCompressor().compress(raw)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from datamodules.corpus import DocumentTable
+from datamodules.corpus import DocumentTable, lost_share
 from datamodules.packing import ValidationWindows
 from datamodules.text_files import file_source, find_files
 from datamodules.token_cache import cached_shards
@@ -36,6 +36,7 @@ def file_windows(
     for name, chosen in documents.items():
         if not len(chosen):
             raise BadInput(f"files: {name} holds no document with text.")
+    lost_share(table, np.arange(len(table)))  # it warns
     return names, ValidationWindows(table, documents, tokenizer, context)
 
 

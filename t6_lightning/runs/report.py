@@ -98,7 +98,8 @@ def finish(
         for file in (sample_file, plot):
             tracking.log_artifact(file)
     summary_of_data = data.summary()
-    references = {name: summary_of_data[name] for name in REFERENCES if summary_of_data.get(name) is not None}
+    kept = (*REFERENCES, "val_lost_share")
+    references = {name: summary_of_data[name] for name in kept if summary_of_data.get(name) is not None}
     summary = dict(figures) | once | references | {
         "val/bits_per_byte_before": validations[-2][1] if len(validations) > 1 else None,
         "kv_cache/dtype": str(next(iter(cache.tensors.values())).dtype).removeprefix("torch."),
@@ -221,6 +222,10 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     now, before = summary["val/bits_per_byte"], summary["val/bits_per_byte_before"]
     trend = "" if before is None else f", {_trend(before - now)} from {before:.4f} at the validation before"
     table.add_row("validation bits per byte", f"{now:.4f}{trend}")
+    if lost := summary.get("val_lost_share"):
+        table.add_row(
+            "  not comparable", f"the tokenizer loses {lost:.2%} of the bytes of the validation text"
+        )
     for name, value in summary.items():
         if name.endswith("/bits_per_byte") and name.count("/") == 2:
             table.add_row(f"  {name.split('/')[1]}", f"{value:.4f}")

@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from data_helpers import many_texts, real_data, write, write_jsonl
+from tokenizers import models, pre_tokenizers
 
-from datamodules import BadInput, PythonDocs, TextFiles
+from datamodules import C4, BadInput, Mixture, PythonDocs, TextFiles
 from datamodules.__main__ import main
 
 
@@ -150,7 +152,7 @@ def test_validation_files_are_domains_and_leave_training(files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "batch_size: 0 is not allowed; allowed: 1 or more"),
+        ({"batch_size": 0}, "batch_size: 0 is not allowed; allowed: 1 to 1,048,576"),
         ({"context": -1}, "context: -1"),
         ({"num_workers": -1}, "num_workers: -1"),
         ({"val_tokens": 0}, "val_tokens: 0"),
@@ -272,3 +274,38 @@ def test_importing_the_package_is_light():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert printed.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("form", ["files", "stream", "mixture"])
+def test_a_tokenizer_that_loses_validation_text_is_named_with_the_share(form, tmp_path, caplog):
+    """What was lost is known from the cache too; bits per byte of such text are not comparable."""
+    loaded = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "known": 1, "word": 2}, unk_token="[UNK]"))
+    loaded.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    texts = [f"known word known ⛄{i}" for i in range(1000)]
+    write_jsonl(tmp_path / "mirror" / "a.jsonl", texts)
+    common = {"tokenizer": str(tmp_path), "context": 16, "batch_size": 2}
+
+    def build():
+        if form == "files":
+            return TextFiles(str(tmp_path / "mirror"), val_fraction=0.3, **common)
+        streamed = C4(path=str(tmp_path / "mirror"), **common)
+        return streamed if form == "stream" else Mixture({"c4": streamed}, {"c4": 1.0}, **common)
+
+    for _ in range(2):
+        caplog.clear()
+        data = build()
+        data.prepare_data()
+        summary = data.summary()
+        # "⛄123" of 6 bytes and the blank before it, of 23; fewer digits weigh less.
+        assert 0.25 < summary["val_lost_share"] < 0.32
+        assert "gzip_bits_per_byte" not in summary
+        if form == "files":
+            assert "it loses 30 % of the bytes of the validation text" in caplog.text
+            assert "cannot be compared with other tokenizers" in caplog.text
+    assert (
+        "val_lost_share"
+        not in TextFiles(
+            str(tmp_path / "mirror"), val_fraction=0.3, **common | {"tokenizer": "bytes"}
+        ).summary()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ from stream_helpers import (
     fineweb_edu,
     first,
     held_out_texts,
+    json_lines,
     keys_of,
     lane_documents,
     parquet,
@@ -432,3 +434,39 @@ def test_more_text_than_memory_through_the_hub(hub, tmp_path, monkeypatch):
     assert tokens_of(first(again, 2)) == whole
     seconds = time.monotonic() - began
     print(f"restore without a cache: {hub.bytes_sent:,} bytes in {seconds:.2f} s")
+
+
+@pytest.mark.parametrize(
+    ("config", "train", "validation"),
+    [
+        ("en", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"),
+        ("en-multi", "multilingual/c4-en.tfrecord-00000-of-11264.json.gz",
+         "multilingual/c4-en-validation.tfrecord-00000-of-00010.json.gz"),
+        ("el-Latn", "multilingual/c4-el-Latn.tfrecord-00000-of-00001.json.gz",
+         "multilingual/c4-el-Latn-validation.tfrecord-00000-of-00001.json.gz"),
+    ],
+)  # fmt: skip
+def test_each_configuration_of_c4_finds_its_files(config, train, validation, tmp_path):
+    other = [
+        "multilingual/c4-el.tfrecord-00000-of-00004.json.gz",
+        "realnewslike/c4-train.00000-of-00512.json.gz",
+    ]
+    for name in (train, validation, *other):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(json_lines(["text"])))
+    data = C4(config, path=str(tmp_path), tokenizer="bytes")
+    assert [file.path for file in data.train_files] == [train]
+    assert [file.path for file in data.val_files] == [validation]
+
+
+@pytest.mark.parametrize(
+    ("config", "file"),
+    [("sample-10BT", "sample/10BT/000.parquet"), ("sample-100BT", "sample/100BT/000.parquet"),
+     ("default", "data/CC-MAIN-2024-10/train-0.parquet")],
+)  # fmt: skip
+def test_each_sample_of_fineweb_edu_finds_its_files(config, file, tmp_path):
+    for name in (file, "sample/350BT/000.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(parquet(["text"]))
+    data = FineWebEdu(config, path=str(tmp_path), tokenizer="bytes")
+    assert [found.path for found in data.train_files] == [file]

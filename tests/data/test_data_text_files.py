@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import TEXTS, real_data, write, write_jsonl
 
+from datamodules import TextFiles, text_reading
+from datamodules.stores import Folder
 from datamodules.text_files import file_source, find_files, read_documents
 from t6_lightning.common.errors import BadInput
 
@@ -116,6 +118,73 @@ def test_folders_globs_and_exclusions(tmp_path):
         names(str(tmp_path), ["*"])
 
 
+ENDINGS = "one\r\ntwo\rthree\n\r\nfour\r\n\r\nfive\u2028six\n\nlast\r"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.txt.xz", "a.txt.bz2"])
+@pytest.mark.parametrize("at_once", [1, 2, 7, 1 << 20])
+def test_line_ends_of_a_text_stay_as_they_are(name, at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_reading, "READ_AT_ONCE", at_once)
+    path = str(write(tmp_path / name, ENDINGS))
+    assert list(read_documents(path)) == [ENDINGS]
+    assert list(read_documents(path, txt="line")) == ["one", "two", "three", "four", "five\u2028six", "last"]
+    assert list(read_documents(path, txt="paragraph")) == [
+        "one\r\ntwo\rthree",
+        "four",
+        "five\u2028six",
+        "last\r",
+    ]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_bits_per_byte_are_counted_on_the_bytes_of_the_file(ending, tmp_path, monkeypatch):
+    monkeypatch.setenv("T6_HOME", str(tmp_path / "home"))
+    text = ending.join(["first line", "", "second line of the file"]) + ending
+    (tmp_path / "val.txt").write_text(text, newline="")
+    write_jsonl(tmp_path / "train.jsonl", TEXTS * 3)
+    data = TextFiles(
+        str(tmp_path / "train.jsonl"),
+        val_files={"own": str(tmp_path / "val.txt")},
+        val_fraction=0,
+        tokenizer="bytes",
+        context=16,
+        batch_size=2,
+    )
+    assert data.summary()["val_bytes"] == len(text.encode()) == (tmp_path / "val.txt").stat().st_size
+    assert sum(int(batch["n_bytes"].sum()) for batch in data.val_dataloader()) == len(text.encode())
+
+
+def test_linked_folders_are_searched_and_a_circle_of_links_ends(tmp_path):
+    write_jsonl(tmp_path / "elsewhere" / "deep" / "b.jsonl", ["linked"])
+    write_jsonl(tmp_path / "texts" / "real" / "a.jsonl", ["real"])
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "itself").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "again").symlink_to(tmp_path / "texts" / "real")
+    (tmp_path / "texts" / "nowhere").symlink_to(tmp_path / "gone")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files(str(tmp_path / "texts"))]
+    assert found == ["texts/link/deep/b.jsonl", "texts/real/a.jsonl"]
+    assert list(read_documents(str(tmp_path / "texts"))) == ["linked", "real"]
+    mirrored = [file.path for file in Folder(str(tmp_path / "texts")).files(["*"])]
+    assert mirrored == ["link/deep/b.jsonl", "real/a.jsonl"]
+
+
+def test_arrays_are_read_element_by_element_wherever_the_text_is_cut(tmp_path, monkeypatch):
+    rows = [{"text": text, "n": [1.5, -20, {"deep": [text]}]} for text in TEXTS]
+    mixed = [*rows, "a string", {"text": None}, {"text": "]"}, {"text": "\\"}]
+    contents = {
+        "array.json": json.dumps(mixed, ensure_ascii=False),
+        "indented.json": json.dumps(mixed, indent=2),
+        "objects.json": " \n".join(json.dumps(row, indent=1) for row in rows),
+    }
+    for name, content in contents.items():
+        path = write(tmp_path / name, content)
+        expected = TEXTS if name == "objects.json" else [*TEXTS, "a string", "]", "\\"]
+        for at_once in (1, 3, 64, 1 << 20):
+            monkeypatch.setattr(text_reading, "READ_AT_ONCE", at_once)
+            assert list(read_documents(str(path))) == expected, (name, at_once)
+
+
 def test_names_with_brackets_are_no_patterns(tmp_path):
     assert list(read_documents(str(write_jsonl(tmp_path / "a[1]*.jsonl", ["x"])))) == ["x"]
 
@@ -170,6 +239,12 @@ BAD_FILES = {
         b'[{"text": "a"},\n{"text": null}, {"text": 5.5}]',
         "one_number.json: row 3: column 'text' holds float, not text",
     ),
+    "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json: line 2 is not JSON"),
+    "comma.json": (b'[{"text": "a"} {"text": "b"}]', "comma.json: line 1 is not JSON .*column 16"),
+    "behind.json": (b'[{"text": "a"}]\n5', "behind.json: line 2 is a JSON int, not an object"),
+    "deep.jsonl": (b'{"text": "a"}\n{"text": ' + b"[" * 100_000, "deep.jsonl: line 2 is not JSON"),
+    "deep.json": (b"[" * 200_000, "deep.json: line 1 is not JSON"),
+    "bent.txt.gz": (b"", r"bent.txt.gz is empty\."),
     "array.json": (b'[{"text": "a"},\n{"text": "b"]\n', "array.json: line 2 is not JSON"),
     "mixed_rows.json": (b'[{"text": "a"}, 5]', "mixed_rows.json: row 2 is a JSON int, not an object"),
     "surrogate.jsonl": (
@@ -192,12 +267,27 @@ def test_bad_files_are_said_in_one_sentence(tmp_path, name):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_cut_archives_are_said(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.jsonl.bz2"])
+def test_cut_and_damaged_archives_are_said(tmp_path, name):
     path = write_jsonl(tmp_path / name, [f"{i} {hash(str(i))}" for i in range(5000)])
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(BadInput, match=rf"{name}: the compressed data is (cut off|damaged after line \d+)"):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(
+        BadInput, match=rf"{name}: the compressed data is cut off; fetch or make the file again"
+    ):
         list(read_documents(str(path)))
+    path.write_bytes(whole + b"no member follows")
+    said = rf"{name}: the compressed data is damaged near byte [\d,]+ of the file"
+    with pytest.raises(BadInput, match=said) as raised:
+        list(read_documents(str(path)))
+    assert int(str(raised.value).split("byte ")[1].split(" ")[0].replace(",", "")) <= len(whole)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "xz"])
+def test_zeros_behind_a_compressed_file_are_padding(suffix, tmp_path):
+    path = write_jsonl(tmp_path / f"a.jsonl.{suffix}", TEXTS)
+    path.write_bytes(path.read_bytes() + b"\0" * 4096)
+    assert list(read_documents(str(path))) == TEXTS
 
 
 def test_missing_files_are_said(tmp_path):

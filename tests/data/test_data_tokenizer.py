@@ -1,6 +1,8 @@
 """Tokenizers: ids, exact bytes, the folder forms, training, and what is said when one cannot be had."""
 
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,10 @@ import tokenizers
 from data_helpers import TEXTS, many_texts, real_data
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from datamodules import tokenizer as tokenizer_module
+from datamodules import tokenizer_loading
 from datamodules.text_files import read_documents
-from datamodules.tokenizer import Tokenizer, load_tokenizer
+from datamodules.tokenizer import LONG_BLANK, Tokenizer, load_tokenizer
 from t6_lightning.common.errors import BadInput
 
 
@@ -136,6 +140,158 @@ def test_byte_level_tokenizer_with_another_pattern_keeps_every_byte(tmp_path):
     for text in TEXTS:
         assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
         assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def gpt2_files(folder: Path, added: dict[str, int] | None = None, **config) -> Path:
+    """vocab.json and merges.txt with what transformers keeps beside them."""
+    loaded = hugging_face(trained(400))
+    folder.mkdir(parents=True)
+    loaded.model.save(str(folder))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
+ADDED = {"    ": 400, "<|user|>": 401}
+DECODER = {str(id): {"content": token, "special": token != "    "} for token, id in ADDED.items()}
+
+
+@pytest.mark.parametrize(
+    ("added", "config"),
+    [(ADDED, {}), (None, {"added_tokens_decoder": DECODER}), (ADDED, {"added_tokens_decoder": DECODER})],
+)
+def test_added_tokens_have_the_ids_of_auto_tokenizer(added, config, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = gpt2_files(tmp_path / "t", added, **config)
+    tokenizer = load_tokenizer(str(folder), 0, list)
+    assert tokenizer.vocab_size == 402
+    reference = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    for text in [*TEXTS, "def f():\n        return 1\n    # four", "say <|user|> twice <|user|>"]:
+        expected = reference(text, split_special_tokens=True).input_ids
+        assert tokenizer.encode(text).tolist() == expected, text
+        if "<|" not in text:
+            assert tokenizer.encode(text).tolist() == reference(text).input_ids
+        assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("[1, 2]", "holds a JSON list, not an object"), ('{"a": "x"}', "does not give each token an id"),
+     ("{", "is not JSON"), ('{"a": 9000}', "other ids than these files"), ("[" * 50_000, "is not JSON")],
+)  # fmt: skip
+def test_a_damaged_list_of_added_tokens_is_said(content, says, tmp_path):
+    folder = gpt2_files(tmp_path / "t")
+    (folder / "added_tokens.json").write_text(content)
+    with pytest.raises(BadInput, match=says) as raised:
+        load_tokenizer(str(folder), 0, list)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_code_of_a_tokenizer_folder_is_never_run_and_nothing_is_asked(tmp_path, monkeypatch):
+    (folder := tmp_path / "t").mkdir()
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizer as Own\n"
+    )
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "own.Own"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    says = r"it needs Python code of its own \(auto_map\), which is never run; save it as tokenizer.json"
+    with pytest.raises(BadInput, match=says) as raised:
+        load_tokenizer(str(folder), 0, list)
+    assert "\n" not in str(raised.value)
+    assert not ran.exists()
+
+
+def swapped(spec):
+    vocab = spec["model"]["vocab"]
+    first, second = (token for token, id in vocab.items() if id in (300, 301))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def reversed_merges(spec):
+    spec["model"]["merges"].reverse()
+
+
+@pytest.mark.parametrize("change", [swapped, reversed_merges])
+@pytest.mark.parametrize("of_before", [False, True])
+def test_a_changed_tokenizer_of_the_cache_is_found_and_trained_again(change, of_before, tmp_path, caplog):
+    first = trained(500, "a")
+    (file,) = (tmp_path / "home" / "tokenizers").glob("bpe-500-*.json")
+    kept = json.loads(file.read_text())
+    spec = json.loads(kept["definition"])
+    change(spec)
+    kept["definition"] = json.dumps(spec)
+    if of_before:  # when no sum was kept
+        del kept["sha256"]
+    file.write_text(json.dumps(kept))
+    assert trained(500, "a").fingerprint == first.fingerprint
+    assert caplog.text.count("is damaged and is trained again") == 1
+    assert trained(500, "a").fingerprint == first.fingerprint
+    assert caplog.text.count("is damaged and is trained again") == 1
+
+
+def test_a_tokenizer_kept_before_there_was_a_sum_is_used(tmp_path, caplog):
+    first = trained(500, "a")
+    (file,) = (tmp_path / "home" / "tokenizers").glob("bpe-500-*.json")
+    kept = json.loads(file.read_text())
+    del kept["sha256"]
+    file.write_text(json.dumps(kept))
+    assert load_tokenizer("bpe", 500, lambda: pytest.fail("read"), "a").fingerprint == first.fingerprint
+    assert caplog.text == ""
+
+
+def test_runs_of_blanks_of_any_length_are_encoded(monkeypatch):
+    tokenizer = trained()
+    text = "ab" + " " * 1_100_000 + "x y" + "\n" * 1_100_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    # The parts give the ids of the whole, where the whole can be encoded.
+    monkeypatch.setattr(tokenizer_module, "LONG_BLANK", re.compile(LONG_BLANK.pattern.replace("65536", "5")))
+    whole = tokenizer._tiktoken
+    assert whole is not None
+
+    class GivesUpOnce:
+        asked = 0
+
+        def encode_to_numpy(self, text, **options):
+            self.asked += 1
+            if self.asked == 1:
+                raise ValueError("Max stack size exceeded for backtracking")
+            return whole.encode_to_numpy(text, **options)
+
+    for text in [
+        "a     b",
+        "a" + "\n " * 5 + "b" + "\t" * 6,
+        "\u3000" * 7 + "q   " + "\x85" * 6,
+        "x" + " " * 40,
+        " " * 9,
+    ]:
+        expected = tokenizer.encode(text).tolist()
+        monkeypatch.setattr(tokenizer, "_tiktoken", GivesUpOnce())
+        assert tokenizer.encode(text).tolist() == expected
+        monkeypatch.setattr(tokenizer, "_tiktoken", whole)
+
+
+def test_training_is_not_held_up_by_endless_words():
+    budget = tokenizer_loading.LONG_WORDS_CHARACTERS
+    natural = [f"some words {i} here\n" for i in range(2000)]
+    blob = "".join(random.Random(0).choices("abcdefgh", k=budget))
+    assert list(tokenizer_loading._first_bytes([*natural, blob], 1 << 25)) == [*natural, blob]
+    texts = list(tokenizer_loading._first_bytes([blob, f"before {blob} behind", *natural], 1 << 25))
+    assert texts == [blob, "before  behind", *natural]
+
+
+def test_bytes_that_a_tokenizer_loses_are_counted(tmp_path):
+    lossy = load_tokenizer(str(wordpiece(tmp_path / "w")), 0, list)
+    for text, lost in [("hello", 0), ("Hello", 1), ("a ⛄ b", 4), ("日", 0), ("", 0)]:
+        assert lossy.lost_bytes(text, lossy.encode(text)) == lost, text
+    whole = load_tokenizer(str(sentencepiece_like(tmp_path / "s")), 0, list)
+    for text in TEXTS:
+        assert whole.lost_bytes(text, whole.encode(text)) == 0
 
 
 def test_json_holds_the_whole_tokenizer(tmp_path):
