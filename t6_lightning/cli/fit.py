@@ -14,7 +14,7 @@ from t6_lightning.runs.plan import measure_matrix_rate
 def main(arguments: list[str]) -> int:
     """Train, from the beginning or from a checkpoint, or say with `--dry_run` what that would cost."""
     cli = build(arguments)
-    plan = None if cli.counts_epochs else plan_of(cli.model, cli.datamodule, cli.trainer)
+    plan = cli.plan
     if cli.config.init_from:
         check_weights_file(cli.config.init_from)
     if cli.config.dry_run:
