@@ -10,7 +10,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 
-from t6_lightning.common.errors import BadInput, SourceUnavailable
+from t6_lightning.common.errors import BadInput, SourceUnavailable, shown
 from t6_lightning.distributed.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
@@ -42,6 +42,8 @@ COMMANDS = {
 
 # What is wrong with the disk rather than with the program.
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# What is wrong with a path that was given.
+NO_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def usage() -> str:
@@ -70,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with signals.taken() if command == "fit" else nullcontext():
             module = importlib.import_module(COMMANDS[command][0])
-            return module.main(arguments)
+            code = module.main(arguments)
+            sys.stdout.flush()  # a closed pipe shows here, and not when Python ends
+            return code
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
@@ -81,11 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.connected() or ranks.is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        from t6_lightning.common.console import leave_closed_pipe
+
+        return leave_closed_pipe()
     except OSError as error:
-        if error.errno not in NO_PLACE:
+        if error.errno not in (*NO_PLACE, *NO_PATH) or error.filename is None:
             raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 1
+        print(f"error: {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2 if error.errno in NO_PATH else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

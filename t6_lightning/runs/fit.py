@@ -59,11 +59,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """Where a run goes on; `ended` where only its report is missing."""
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: what it goes on from; None at the beginning.
+        ended: only its report is missing.
+        reported: nothing is missing.
+        changes: settings that differ from those of the run's folder, as sentences.
+    """
 
     checkpoint: Path | None
     ended: bool = False
+    reported: bool = False
+    changes: tuple[str, ...] = ()
 
 
 def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
@@ -89,7 +98,7 @@ def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Traine
 
 
 def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
-    def prepared() -> _Start | SourceUnavailable | None:
+    def prepared() -> Start | SourceUnavailable | None:
         with suppress(Interrupted):  # it is noted: all ranks hear of it next
             try:
                 return _prepare(config, module, data, trainer, run)
@@ -123,13 +132,15 @@ def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Train
 # --- before training ---
 
 
-def _prepare(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
-) -> _Start | None:
-    """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
+def find_start(config: RunConfig, module: T6Module, trainer: pl.Trainer, run: RunFolder) -> Start:
+    """Where the run goes on. Reads what is there, and writes nothing.
+
+    Raises:
+        BadInput: a checkpoint that cannot be gone on from, weights that do not fit, a run of other settings.
+    """
     changes = changed_settings(run, config.settings)
     checkpoint = _checkpoint(config, run, changes)
-    ended = False
+    ended = reported = False
     if checkpoint is not None:
         state = refuse_other_architecture(module.config, checkpoint)
         if "optimizer_states" not in state:
@@ -142,15 +153,24 @@ def _prepare(
         saved = state.get("callbacks", {}).get(Checkpoints.__qualname__, {})
         # Version 0.1.0 did not say whether training had ended; it ended by steps alone.
         ended = step == trainer.max_steps or (bool(saved.get("ended")) and not changes)
-        if run.record.get("status") == "finished" and ended:
-            console.print(f"run {run.name} is finished already")
-            report.print_summary(run, report.read_summary(run))
-            return None
-        if config.ckpt_path is not None:
-            for change in changes:
-                print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
-    if config.init_from:
+        reported = run.record.get("status") == "finished" and ended
+    if config.init_from and not reported:
         _weights(module.config, Path(config.init_from))
+    return Start(checkpoint, ended, reported, tuple(changes))
+
+
+def _prepare(
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
+) -> Start | None:
+    """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
+    start = find_start(config, module, trainer, run)
+    if start.reported:
+        console.print(f"run {run.name} is finished already")
+        report.print_summary(run, report.read_summary(run))
+        return None
+    if start.checkpoint is not None and config.ckpt_path is not None:
+        for change in start.changes:
+            print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
     check_disk(disk_bytes(module.config.n_parameters(), _kept(trainer)))
     with signals.raised_at_once():
         data.prepare_data()
@@ -158,7 +178,7 @@ def _prepare(
         module.check_tokenizer(data)
         if (tracking := _find(trainer.loggers, MLflowTracking)) is not None:
             tracking.connect()
-    return _Start(checkpoint, ended)
+    return start
 
 
 def _kept(trainer: pl.Trainer) -> int:
@@ -280,7 +300,7 @@ def _weights(net: T6Config, checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _open(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> None:
     """Announce the run, and write what its folder and the loggers say of it before it trains."""
     plan = plan_of(module, data, trainer)
@@ -333,7 +353,7 @@ def _tags(config: RunConfig, module: T6Module, data: TokenData) -> dict[str, str
 
 
 def _train(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> int:
     tracking = _find(trainer.loggers, MLflowTracking)
     status, mlflow_status, code = "failed", "FAILED", 1
@@ -383,7 +403,7 @@ def _train(
 
 
 def _run_trainer(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, start: Start
 ) -> report.Ended:
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
