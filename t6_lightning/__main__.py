@@ -79,11 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 75
     except BadInput as error:
+        from t6_lightning.cli.refusals import with_option
         from t6_lightning.distributed import ranks
 
         # Before ranks have found each other, all of them see the same arguments.
         if ranks.connected() or ranks.is_first():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {with_option(str(error), arguments)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         from t6_lightning.common.console import leave_closed_pipe

@@ -214,6 +214,18 @@ def blamed(error: Exception, arguments: Sequence[str], attempt: Callable[[list[s
     return BadInput(f"{named}{'' if 'is not possible' in sentence else ' is not possible'}: {sentence}")
 
 
+def with_option(sentence: str, arguments: Sequence[str]) -> str:
+    """A sentence that mentions an option's value and no option, with that option in front."""
+    options = [names_of(option) for option in options_in(arguments) if option[0].startswith("--")]
+    if any(_is_named(name, sentence) or f"--{name}" in sentence for name, _ in options):
+        return sentence
+    for name, value in options:
+        if len(value) > 3 and not value.replace(".", "").isdecimal() and value in sentence:
+            leaf = name.rpartition(".")[2]
+            return f"{name}: {sentence.removeprefix(f'{leaf}: ')}"
+    return sentence
+
+
 def _is_named(option: str, sentence: str) -> bool:
     after = r"(?![\w.])" if "." in option else "(=|: )"  # words such as `run` occur in any sentence
     return bool(re.search(rf"(?<![\w.]){re.escape(option)}{after}", sentence.replace(".init_args", "")))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from commands import TINY, refused
 
-from t6_lightning.cli.refusals import blamed, did_you_mean, words
+from t6_lightning.cli.refusals import blamed, did_you_mean, with_option, words
 from t6_lightning.common.errors import BadInput
 
 
@@ -149,3 +149,11 @@ def test_of_two_options_that_fail_together_both_are_named() -> None:
     )
     assert isinstance(said, BadInput)
     assert str(said) == "a='1' with b.c='2' is not possible: ValueError: too large"
+
+
+def test_a_sentence_about_a_value_begins_with_its_option() -> None:
+    given = ["fit", "--data.init_args.files=/no/such", "--model.net.d_model", "32", "--init_from", "x.ckpt"]
+    assert with_option("files: '/no/such' is missing", given) == "data.files: '/no/such' is missing"
+    assert with_option("x.ckpt is damaged", given) == "init_from: x.ckpt is damaged"
+    assert with_option("model.net.d_model=32 is odd, says x.ckpt", given).startswith("model.net.d_model")
+    assert with_option("32 is odd", given) == "32 is odd"

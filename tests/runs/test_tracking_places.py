@@ -65,7 +65,20 @@ def test_an_experiment_named_as_a_path_stays_inside(
 
 
 def test_folder_names_are_one_name_each() -> None:
-    names = ["t6", "rank sweep", "..", ".", "a/b", "a:2fb", "/etc", "x" * 400, "x" * 401, "ü" * 300, "\n", "~"]
+    names = [
+        "t6",
+        "rank sweep",
+        "..",
+        ".",
+        "a/b",
+        "a:2fb",
+        "/etc",
+        "x" * 400,
+        "x" * 401,
+        "ü" * 300,
+        "\n",
+        "~",
+    ]
     folders = [folder_name(name) for name in names]
     assert folders[:2] == names[:2]
     assert len(set(folders)) == len(names)
