@@ -58,23 +58,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when the work is done, 2 for bad input (one sentence on standard error), 75 after a signal when the
-        same command line will go on, 1 when the work failed.
+        same command line will go on, 1 when the work failed, 141 when nobody reads standard output any more.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, and not when Python ends
+    except BrokenPipeError:
+        from t6_lightning.common.console import leave_closed_pipe
+
+        return leave_closed_pipe()
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"error: {command!r} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: {shown(command)} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     quiet_libraries()
     try:
         with signals.taken() if command == "fit" else nullcontext():
-            module = importlib.import_module(COMMANDS[command][0])
-            code = module.main(arguments)
-            sys.stdout.flush()  # a closed pipe shows here, and not when Python ends
-            return code
+            return importlib.import_module(COMMANDS[command][0]).main(arguments)
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
@@ -87,9 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {with_option(str(error), arguments)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        from t6_lightning.common.console import leave_closed_pipe
-
-        return leave_closed_pipe()
+        raise
     except OSError as error:
         if error.errno not in (*NO_PLACE, *NO_PATH) or error.filename is None:
             raise

@@ -20,6 +20,12 @@ class Trained:
     model: T6
     tokenizer: Tokenizer
     confine_to_documents: bool
+    dtype: torch.dtype = torch.float32
+    """Of its matrix products in training, and so of its cache."""
+
+
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+"""Lightning's precision before the dash -> dtype; every other trains in float32."""
 
 
 def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
@@ -40,7 +46,8 @@ def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     confined = bool(state["hyper_parameters"].get("confine_to_documents", False))
-    return Trained(model.to(device).eval(), Tokenizer.from_json(state["tokenizer"]), confined)
+    dtype = DTYPES.get(str(state.get("precision")).partition("-")[0], torch.float32)
+    return Trained(model.to(device).eval(), Tokenizer.from_json(state["tokenizer"]), confined, dtype)
 
 
 def load(checkpoint: str | Path, device: str | None = None) -> tuple[T6, Tokenizer]:

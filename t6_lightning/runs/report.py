@@ -16,7 +16,7 @@ from datamodules.base import TokenData
 from t6_lightning.common.console import console, python
 from t6_lightning.common.files import write_atomically
 from t6_lightning.model.cache import KVCache
-from t6_lightning.model.generate import generate
+from t6_lightning.model.generate import generate, row_generators
 from t6_lightning.model.t6 import T6
 from t6_lightning.runs.folder import RunFolder
 from t6_lightning.runs.plan import Plan
@@ -148,13 +148,21 @@ def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, flo
     capacity = data.context
     cache = net.new_cache(len(prompts), capacity, torch.bfloat16 if half else None)
     prompt_BT = torch.stack(list(prompts.values())).to(device)
-    generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
+    generators = row_generators(SAMPLE_SEED, len(prompts), device)
     n_new = capacity - prompt_BT.shape[1] + 1
     tokens = []
     started = 0.0
     # Compiled blocks stay eager here: a cache that grows by a token a step would be compiled anew each time.
     with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.compiler.set_stance("force_eager"):
-        for token_B in generate(net, prompt_BT, n_new, top_k=50, generator=generator, cache=cache):
+        for token_B in generate(
+            net,
+            prompt_BT,
+            n_new,
+            top_k=50,
+            generator=generators,
+            cache=cache,
+            n_symbols=min(data.tokenizer.vocab_size, net.config.vocab_size),
+        ):
             tokens.append(token_B.cpu())
             started = started or time.perf_counter()  # the first token is the prefill's
     speed = len(prompts) * (n_new - 1) / max(time.perf_counter() - started, 1e-9)
