@@ -14,6 +14,9 @@ from t6_lightning.common.errors import require
 from t6_lightning.evaluation.perplexity import evaluate_windows, file_windows
 from t6_lightning.runs.folder import resolve_checkpoint
 
+MOST_CONTEXTS = 64
+"""Times the training context that windows may be long."""
+
 
 def main(arguments: list[str]) -> int:
     """Print perplexity and bits per byte of each file and of all."""
@@ -37,7 +40,15 @@ def main(arguments: list[str]) -> int:
     find_files(options.files)
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run)
     trained = load_trained(checkpoint)
-    context = options.context or trained.model.config.context
+    own = trained.model.config.context
+    context = options.context or own
+    most = MOST_CONTEXTS * own
+    require(
+        context <= most,
+        "--context",
+        context,
+        f"it must be at most {most}, {MOST_CONTEXTS} times the training's",
+    )
     names, windows = file_windows(
         options.files, options.text_field, options.txt_documents, trained.tokenizer, context
     )
