@@ -75,7 +75,7 @@ def hint_of(parser: Any, key: str) -> Any:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)", or nothing where no known name is near."""
-    folded = {choice.lower(): choice for choice in known}
+    folded = {choice.lower(): choice for choice in known if not choice.endswith(".help")}
     if name.lower() in folded:
         return f" (did you mean {folded[name.lower()]}?)"
     near = difflib.get_close_matches(name.lower()[:100], folded, n=3, cutoff=0.6)
@@ -217,6 +217,9 @@ def blamed(error: Exception, arguments: Sequence[str], attempt: Callable[[list[s
 def with_option(sentence: str, arguments: Sequence[str]) -> str:
     """A sentence that mentions an option's value and no option, with that option in front."""
     options = [names_of(option) for option in options_in(arguments) if option[0].startswith("--")]
+    options = [
+        (name, value) for name, value in options if name != "config"
+    ]  # a file's sentence names it already
     if any(_is_named(name, sentence) or f"--{name}" in sentence for name, _ in options):
         return sentence
     for name, value in options:

@@ -127,7 +127,8 @@ def read_mapping(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not valid YAML: byte {error.start} is not UTF-8") from error
     except yaml.YAMLError as error:
-        raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise BadInput(f"{file} is not valid YAML: {reason}") from error
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):

@@ -319,7 +319,7 @@ def _open(
             tracking.leave()
     run.create(yaml.safe_dump(dict(config.settings), sort_keys=False))
     started = run.record.get("started") or datetime.now(UTC).isoformat()
-    run.update_record(status="running", started=started)
+    run.update_record(status="running", started=started, **_time_so_far(config, run, start))
     if tracking is not None:
         tracking.start(_tags(config, module, data))
     derived = {
@@ -334,6 +334,25 @@ def _open(
     if tracking is not None:
         for file in (run.config_file, described, summary):
             tracking.log_artifact(file)
+
+
+def _time_so_far(config: RunConfig, run: RunFolder, start: Start) -> dict[str, float]:
+    """For the record: seconds of the commands before this one, and when this one began, in seconds of the epoch.
+
+    A command that was killed could not add its own time: it counts up to the checkpoint that it left.
+    """
+    began = time.time() - (time.monotonic() - config.started)
+    if start.checkpoint is None:
+        return {"seconds": 0.0, "began": began}
+    seconds, killed = run.record.get("seconds", 0.0), run.record.get("began")
+    if killed is not None:
+        seconds += max(0.0, start.checkpoint.stat().st_mtime - killed)
+    return {"seconds": seconds, "began": began}
+
+
+def _seconds(config: RunConfig, run: RunFolder) -> float:
+    """Of all commands that trained the run, this one included."""
+    return run.record.get("seconds", 0.0) + time.monotonic() - config.started
 
 
 def _tags(config: RunConfig, module: T6Module, data: TokenData) -> dict[str, str]:
@@ -358,7 +377,7 @@ def _train(
     tracking = _find(trainer.loggers, MLflowTracking)
     status, mlflow_status, code = "failed", "FAILED", 1
     try:
-        ended = _run_trainer(config, module, data, trainer, start)
+        ended = _run_trainer(config, module, data, trainer, run, start)
         net = fsdp2.whole_model(module.net)
         if net is not None and ranks.is_first():
             report.print_summary(run, report.finish(ended, net, module.figures, data, run, tracking))
@@ -395,7 +414,7 @@ def _train(
         return 1
     finally:
         if ranks.is_first():
-            run.update_record(status=status)
+            run.update_record(status=status, seconds=_seconds(config, run), began=None)
             if tracking is not None:
                 tracking.close(mlflow_status)
     ranks.barrier()  # a launcher ends the others when one has left
@@ -403,7 +422,7 @@ def _train(
 
 
 def _run_trainer(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, start: Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> report.Ended:
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
@@ -416,8 +435,7 @@ def _run_trainer(
         step = trainer.global_step
         loader: Any = data.train_loader
         tokens = loader.samples * data.context
-    seconds = time.monotonic() - config.started
-    return report.Ended(step, tokens, seconds, data.faults_of_all_ranks(), half)
+    return report.Ended(step, tokens, _seconds(config, run), data.faults_of_all_ranks(), half)
 
 
 def _explain_divergence(config: RunConfig, run: RunFolder, error: Diverged) -> None:

@@ -21,7 +21,7 @@ from t6_lightning.model.t6 import T6
 from t6_lightning.runs.folder import RunFolder
 from t6_lightning.runs.plan import Plan
 from t6_lightning.runs.tracking import MLflowTracking
-from t6_lightning.training.callbacks.progress import duration
+from t6_lightning.training.callbacks.progress import DAY, duration
 
 PROMPT_TOKENS = 32
 SAMPLE_SEED = 0
@@ -41,7 +41,7 @@ class Ended:
     Attributes:
         step: optimizer steps.
         tokens: training tokens.
-        seconds: since the command began.
+        seconds: of all commands that trained it, each from its beginning.
         faults: kind -> how often it was met in reading, on all ranks.
         half: generation measures in bfloat16, as training computed.
     """
@@ -241,7 +241,8 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
         f"KV cache, bytes per token ({summary['kv_cache/dtype']})",
         f"{measured:,.0f} measured, {predicted:,.0f} predicted, {mha:,.0f} MHA ({measured / mha:.3f}×)",
     )
-    table.add_row("time", f"{summary['seconds']:,.0f} s")
+    seconds = summary["seconds"]
+    table.add_row("time", f"{seconds:,.0f} s" if seconds < DAY else duration(seconds))
     console.print(table)
     console.print(f"checkpoint   {summary['checkpoint']}", soft_wrap=True)
     console.print(f"see the run  {python()} -m mlflow_server", soft_wrap=True)
