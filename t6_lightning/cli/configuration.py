@@ -32,7 +32,7 @@ from t6_lightning.common.errors import BadInput, first_line, reason_in, shown
 from t6_lightning.distributed import launch
 from t6_lightning.model.backend import check_backend
 from t6_lightning.presets import config_file, preset_label, preset_names, settings
-from t6_lightning.presets.reading import plain_values
+from t6_lightning.presets.reading import Unbounded, plain_values
 from t6_lightning.runs.fit import plan_of
 from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
 from t6_lightning.runs.plan import Plan
@@ -315,6 +315,7 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
+        _check_word(word)
         field = option.removeprefix("--data.").removeprefix("init_args.")
         if option.startswith("--data.") and field in LINKED:
             raise BadInput(f"{option} is not possible: {LINKED[field]} sets it")
@@ -330,6 +331,19 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
     if {"-h", "--help"} & set(arguments):
         return flags
     return [f"--config={_default_config(arguments)}", *flags]
+
+
+def _check_word(word: str) -> None:
+    """Refuse an option's value that jsonargparse would read, or show, for ever. Raises BadInput."""
+    try:
+        word.encode()
+        plain_values(word.partition("=")[2] if word.startswith("--") else word)
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{shown(word)} is not possible: it is not valid UTF-8") from error
+    except Unbounded as error:
+        raise BadInput(f"{shown(word)} is not possible: {error}") from error
+    except yaml.YAMLError:
+        return  # it is text
 
 
 def _default_config(arguments: list[str]) -> Path:

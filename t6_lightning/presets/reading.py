@@ -22,6 +22,10 @@ MERGE = TAG + "merge"
 PLAIN = {TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 
+class Unbounded(yaml.YAMLError):
+    """YAML that goes beyond one of the bounds, or holds itself: whoever reads it as a whole never ends."""
+
+
 class _Loader(yaml.SafeLoader):
     """Reads 1e-4 as a number and 2026-01-01 as text, as YAML 1.2 and jsonargparse do, and refuses what is unbounded."""
 
@@ -49,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         """How many nodes a node stands for."""
         size = sizes.setdefault(id(node), 0)
         if size is None:
-            raise yaml.YAMLError(
+            raise Unbounded(
                 f"an alias stands inside what it is an alias of in line {node.start_mark.line + 1}"
             )
         if size:
@@ -72,7 +76,7 @@ class _Loader(yaml.SafeLoader):
     @staticmethod
     def _bound(number: int, most: int, what: str) -> None:
         if number > most:
-            raise yaml.YAMLError(f"it has more than {most:,} {what}")
+            raise Unbounded(f"it has more than {most:,} {what}")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """PyYAML would keep the last of two equal keys, and say nothing."""
@@ -106,7 +110,7 @@ def plain_values(text: str) -> Any:
             one of the bounds above.
     """
     if len(text) > MOST_BYTES:
-        raise yaml.YAMLError(f"it has more than {MOST_BYTES:,} characters")
+        raise Unbounded(f"it has more than {MOST_BYTES:,} characters")
     loader = _Loader(text)
     try:
         return loader.get_single_data()

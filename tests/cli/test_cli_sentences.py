@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,7 @@ from t6_lightning.common.errors import BadInput
             ["--cadence.tokens_per_step", "256", "--data.batch_size", "16"],
             "cadence.tokens_per_step=256 is not possible: it must be a multiple of batch size 16",
         ),
+        (["--data.text_field", "\udcff"], "'\\udcff' is not possible: it is not valid UTF-8"),
         (["--run", "a" * 256], "--run='aaa"),
     ],
 )
@@ -117,11 +120,33 @@ def test_the_same_holds_for_files_which_are_named(
     assert "(in " not in sentence or str(tmp_path / "mine.yaml") in said
 
 
-def test_a_value_that_is_hostile_yaml_is_text(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for value in ("[" * 5000, "{a: &a [*a]}", "!!python/object/apply:os.system [id]", "!!set {a, b}"):
-        said = refused(capsys, "fit", "--model.net.d_model", value, "--dry_run")
-        assert "model.net.d_model=" in said
-        assert len(said) < 400
+BOMB = "[&a [x, x, x, x, x, x, x, x, x]" + "".join(
+    f", &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefgh")
+)
+
+
+def test_a_value_that_is_hostile_yaml_is_refused_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    for value in ("[" * 5000, f"{BOMB}]", "{a: &a [*a]}", "9" * 5000):
+        for option in ("model.net.d_model", "tracking.tags", "run"):
+            said = refused(capsys, "fit", f"--{option}={value}", "--dry_run")
+            assert f"--{option}=" in said
+            assert "is not possible: " in said
+            assert len(said) < 400
+    assert time.monotonic() - began < 20
+
+
+def test_a_file_as_a_value_is_read_within_the_same_bounds(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bomb.yaml").write_text(f"a: {BOMB}]")
+    for option in ("data", "model.net.attention", "trainer.callbacks", "trainer", "model"):
+        began = time.monotonic()
+        said = refused(capsys, "fit", *TINY, f"--{option}={tmp_path / 'bomb.yaml'}", "--dry_run")
+        assert "is not possible" in said
+        assert time.monotonic() - began < 20
 
 
 def test_types_in_words() -> None:

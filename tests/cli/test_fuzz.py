@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ CONFIG = T6Config(
 GIBIBYTES = 12
 """What this process may allocate beyond what it has: an option that asks for more must say so."""
 
+BOMB = "[&a [x, x, x, x, x, x, x, x, x]" + "".join(
+    f", &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefgh")
+)
+
 VALUES = [
+    f"{BOMB}]",
+    f"{{a: {BOMB}]}}",
     *("", " ", "0", "-1", "1", "3", "1.5", "-1.5", "nan", ".nan", "inf", "-inf", "1e400", "1e-400", "1e9"),
     *(
         "9" * 40,
