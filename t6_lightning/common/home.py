@@ -13,15 +13,16 @@ def t6_home() -> Path:
     try:
         home = Path(given).expanduser().absolute()
         str(home).encode()  # databases and URLs take no other paths
-        is_folder = stat.S_ISDIR(home.stat().st_mode)
     except RuntimeError as error:
         raise BadInput(f"T6_HOME: {shown(given)} cannot be used: that user has no home folder.") from error
     except UnicodeError as error:
         raise BadInput(f"T6_HOME: {shown(given)} cannot be used: it is not valid UTF-8.") from error
+    try:
+        is_folder = stat.S_ISDIR(home.stat().st_mode)
     except FileNotFoundError as error:
         if os.path.islink(home):
             raise BadInput(f"T6_HOME: {shown(given)} is a link to a folder that is missing.") from error
-        is_folder = True
+        return home
     except OSError as error:
         raise BadInput(f"T6_HOME: {shown(given)} cannot be used: {error.strerror}.") from error
     if not is_folder:

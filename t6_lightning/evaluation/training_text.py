@@ -28,7 +28,8 @@ def training_keys(data: Mapping[str, Any], tokenizer: Tokenizer) -> np.ndarray |
         and where the token cache was removed.
     """
     try:
-        found: Any = import_class(data["class_path"], TokenData, "data")(**data.get("init_args", {}))
+        cls: Any = import_class(data["class_path"], TokenData, "data")
+        found = cls(**data.get("init_args", {}))
         sources = (
             list(found.sources.values()) if isinstance(getattr(found, "sources", None), dict) else [found]
         )
