@@ -185,6 +185,13 @@ class TokenData(LightningDataModule, ABC):
             together.add(met)
         return together.by_kind()
 
+    def check_sources(self) -> None:
+        """Refuse local files and folders that are not there or cannot be opened. Reads no text, asks no network.
+
+        Raises:
+            BadInput: naming the setting or the file.
+        """
+
     def prepare_data(self) -> None:
         """Train the tokenizer and fill the token cache where they are missing. Raises BadInput."""
         _ = self.domains

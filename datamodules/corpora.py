@@ -77,6 +77,19 @@ class TextFiles(IndexedData):
         self.text_field, self.domain_field = text_field, domain_field
         self.txt_documents: TxtDocuments = txt_documents
 
+    def check_sources(self) -> None:
+        named = {"files": find_files(self.files, self.exclude)}
+        named |= {f"val_files.{name}": find_files(given) for name, given in self.val_files.items()}
+        for field, paths in named.items():
+            for path in paths:
+                try:
+                    with path.open("rb") as file:
+                        is_empty = not file.read(1)
+                except OSError as error:
+                    raise BadInput(f"{field}: {path} cannot be read: {error.strerror}.") from error
+                if is_empty:
+                    raise BadInput(f"{field}: {path} is empty.")
+
     def sources(self) -> list[Source]:
         return [
             self._source(path, self.domain_field, "text") for path in find_files(self.files, self.exclude)

@@ -31,6 +31,10 @@ class IndexedData(TokenData):
         """domain -> what only validates. Raises BadInput."""
         return {}
 
+    def check_sources(self) -> None:
+        self.sources()
+        self.validation_sources()
+
     @property
     def domains(self) -> list[str]:
         return self.corpus.domains

@@ -155,6 +155,10 @@ class Mixture(TokenData):
             source.val_tokens = source.val_tokens if self.val_tokens is None else self.val_tokens
             yield name, source
 
+    def check_sources(self) -> None:
+        for source in self.sources.values():
+            source.check_sources()
+
     def locate(self, sample: int) -> tuple[int, int]:
         if self._shares is None:
             raise AssertionError("training_windows comes first")

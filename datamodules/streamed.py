@@ -114,6 +114,10 @@ class StreamedData(TokenData):
     def store(self) -> Store:
         return open_store(self.repository, self.revision, self.path, self.patience)
 
+    def check_sources(self) -> None:
+        if self.path is not None:
+            _ = self.train_files
+
     @cached_property
     def train_files(self) -> list[StoredFile]:
         """Sorted by path. Raises BadInput where there are none."""

@@ -117,6 +117,11 @@ class PieceCache:
                     file.unlink(missing_ok=True)
 
 
+def are_cached(sources: Iterable[Source], tokenizer: Tokenizer) -> bool:
+    """Whether `cached_shards` would tokenize nothing."""
+    return all(_file(source, tokenizer).exists() for source in sources)
+
+
 def cached_shards(sources: Iterable[Source], tokenizer: Tokenizer) -> list[Shard]:
     """The shards of the sources, from the cache where it has them, else tokenized into it.
 

@@ -28,7 +28,8 @@ def choose(
     candidates  name -> function, in the order in which "auto" prefers them here
     cannot      name -> why that candidate cannot run these inputs on this device
 
-    "auto" takes the first candidate that can run and logs each choice once per operation.
+    "auto" takes the first candidate that can run. The first choice of each backend is logged as INFO, that of further
+    operations as DEBUG.
     Raises ValueError for an unknown name, for a named backend that cannot run, and when none can.
     """
     cannot = cannot or {}
@@ -51,8 +52,9 @@ def choose(
 @torch.compiler.assume_constant_result
 def _say_once(op_name: str, name: str) -> bool:
     if (op_name, name) not in _said:
+        is_new = name not in {backend for _, backend in _said}
         _said.add((op_name, name))
-        log.info("%s: backend auto takes %s", op_name, name)
+        log.log(logging.INFO if is_new else logging.DEBUG, "backend auto takes %s (%s)", name, op_name)
     return True
 
 

@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from t6_lightning.common.databases import sqlite_file, sqlite_url
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 from t6_lightning.common.secrets import hide_password
@@ -59,7 +60,7 @@ def resolve(backend: str | None, artifacts: str | None, host: str | None, port: 
     except OSError as error:
         raise BadInput(f"T6_HOME {home} cannot be created ({error.strerror}).") from None
     source = "--backend" if backend else "MLFLOW_TRACKING_URI"
-    backend = backend or configured or f"sqlite:///{home / 'mlflow.db'}"
+    backend = backend or configured or sqlite_url(home / "mlflow.db")
     check_backend(source, backend)
     host = DEFAULT_HOST if host is None else host
     port = free_port(host, DEFAULT_PORT if port is None else port)
@@ -80,7 +81,7 @@ def check_backend(source: str, backend: str) -> None:
         )
     if scheme != "sqlite":
         return
-    file = Path(backend.partition("sqlite:///")[2].partition("?")[0])
+    file = sqlite_file(backend)
     if not file.name or file.is_dir():
         raise BadInput(f"{source} {backend!r} names no file; write sqlite:///FILE.")
     if not file.parent.is_dir():

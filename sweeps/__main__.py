@@ -6,6 +6,7 @@ import sys
 from sweeps import study as study_module
 from sweeps.definition import Sweep, load_sweep
 from t6_lightning.common.arguments import Parser
+from t6_lightning.common.databases import sqlite_url
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 
@@ -86,7 +87,7 @@ def list_sweeps() -> int:
         print(f"No sweep was started in {t6_home()} yet.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for file in files:
-        for study in optuna.study.get_all_study_summaries(f"sqlite:///{file}", include_best_trial=False):
+        for study in optuna.study.get_all_study_summaries(sqlite_url(file), include_best_trial=False):
             cells = study.user_attrs.get("identity", {}).get("cells", {})
             print(
                 f"{study.study_name}: {len(cells)} cells, {study.n_trials} trials started or queued, {file}"

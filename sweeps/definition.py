@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from t6_lightning.common.databases import sqlite_url
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 
@@ -101,7 +102,7 @@ class Sweep:
     @property
     def default_storage(self) -> str:
         """SQLAlchemy URL of the study when --storage is not given."""
-        return f"sqlite:///{self.folder.with_name(f'{self.name}.db')}"
+        return sqlite_url(self.folder.with_name(f"{self.name}.db"))
 
     def run_name(self, cell: Cell, seed: int) -> str:
         return f"{self.name}-{cell.name}-seed{seed}"

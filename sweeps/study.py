@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.definition import Sweep
 from sweeps.plan import Costs
+from t6_lightning.common.databases import is_sqlite
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.secrets import hide_password, without_secrets
 
@@ -157,7 +158,7 @@ def _storage(sweep: Sweep, storage: str | None) -> Iterator[optuna.storages.RDBS
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = storage or sweep.default_storage
-    arguments = {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite:") else {}
+    arguments = {"connect_args": {"timeout": LOCK_SECONDS}} if is_sqlite(url) else {}
     try:
         yield optuna.storages.RDBStorage(url, engine_kwargs=arguments)
     except (SQLAlchemyError, ImportError, ValueError) as error:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 
-from t6_lightning.common.errors import BadInput, SourceUnavailable
+from t6_lightning.common.errors import BadInput, SourceUnavailable, shown
 from t6_lightning.distributed.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
@@ -42,6 +42,8 @@ COMMANDS = {
 
 # What is wrong with the disk rather than with the program.
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# What is wrong with a path that was given.
+NO_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def usage() -> str:
@@ -56,36 +58,51 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when the work is done, 2 for bad input (one sentence on standard error), 75 after a signal when the
-        same command line will go on, 1 when the work failed.
+        same command line will go on, 1 when the work failed, 141 when nobody reads standard output any more.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, and not when Python ends
+    except BrokenPipeError:
+        from t6_lightning.common.console import leave_closed_pipe
+
+        return leave_closed_pipe()
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"error: {command!r} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: {shown(command)} is not a command: choose one of {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     quiet_libraries()
     try:
         with signals.taken() if command == "fit" else nullcontext():
-            module = importlib.import_module(COMMANDS[command][0])
-            return module.main(arguments)
+            return importlib.import_module(COMMANDS[command][0]).main(arguments)
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
     except BadInput as error:
+        from t6_lightning.cli.refusals import with_option
         from t6_lightning.distributed import ranks
 
         # Before ranks have found each other, all of them see the same arguments.
         if ranks.connected() or ranks.is_first():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {with_option(str(error), arguments)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.errno not in NO_PLACE:
+        if error.errno not in (*NO_PLACE, *NO_PATH) or error.filename is None:
             raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 1
+        print(f"error: {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2 if error.errno in NO_PATH else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -13,6 +13,9 @@ from t6_lightning.common.errors import BadInput
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+"""Lightning's precision before the dash -> dtype; every other trains in float32."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -23,12 +26,14 @@ class Trained:
         model: on the device where it runs.
         saved_tokenizer: None in a checkpoint that was imported without one.
         confine_to_documents: as in training.
+        dtype: of its matrix products in training, and so of its cache.
     """
 
     checkpoint: Path
     model: T6
     saved_tokenizer: Tokenizer | None
     confine_to_documents: bool
+    dtype: torch.dtype = torch.float32
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -65,7 +70,8 @@ def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
     confined = bool(state["hyper_parameters"].get("confine_to_documents", False))
     saved = state["tokenizer"]
     tokenizer = None if saved is None else Tokenizer.from_json(saved)
-    return Trained(checkpoint, model.to(device).eval(), tokenizer, confined)
+    dtype = DTYPES.get(str(state.get("precision")).partition("-")[0], torch.float32)
+    return Trained(checkpoint, model.to(device).eval(), tokenizer, confined, dtype)
 
 
 def load(checkpoint: str | Path, device: str | None = None) -> tuple[T6, Tokenizer]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import yaml
 # Lightning calls methods that jsonargparse has renamed; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+import jsonargparse
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,12 +27,15 @@ from datamodules import DATA_MODULES, corpora  # noqa: F401  (corpora: so that s
 from datamodules.base import TokenData
 from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 from t6_lightning.cli import trainer_settings
-from t6_lightning.common.errors import BadInput, reason_in
+from t6_lightning.cli.refusals import allows_null, blamed, one_sentence, words
+from t6_lightning.common.errors import BadInput, first_line, reason_in, shown
 from t6_lightning.distributed import launch
 from t6_lightning.model.backend import check_backend
-from t6_lightning.presets import RECIPES, config_file, preset_label, recipe_table, settings
-from t6_lightning.runs.fit import leaves
+from t6_lightning.presets import RECIPES, config_file, preset_label, preset_names, recipe_table, settings
+from t6_lightning.presets.reading import Unbounded, plain_values
+from t6_lightning.runs.fit import leaves, plan_of
 from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
+from t6_lightning.runs.plan import Plan
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.cadence import Cadence
 from t6_lightning.training.callbacks.checkpoints import Checkpoints
@@ -63,6 +65,18 @@ MACHINE = ("trainer.devices", "trainer.num_nodes")
 """What a run is started on; a run that goes on may find another number of them."""
 
 
+_load_value = jsonargparse.get_loader("yaml")
+
+
+def _load_bounded(text: str) -> Any:
+    """A value of the command line, which is YAML too: within the bounds of files, or it counts as text."""
+    plain_values(text)
+    return _load_value(text)
+
+
+jsonargparse.set_loader("yaml", _load_bounded, (yaml.YAMLError,))
+
+
 class Parser(LightningArgumentParser):
     """Reads files with what they extend worked in, and says what is wrong in one sentence."""
 
@@ -73,34 +87,27 @@ class Parser(LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """jsonargparse's reading of a configuration file: here as text, so that nothing is written to disk."""
         found = settings(Path(path), self.recipe)
-        return self.parse_string(yaml.safe_dump(found, sort_keys=False), path, *args, **kwargs)
+        try:
+            self._check_groups(found)
+            return self.parse_string(yaml.safe_dump(found, sort_keys=False), path, *args, **kwargs)
+        except BadInput as error:
+            label = preset_label(Path(path))
+            raise BadInput(f"{error} (in {label if label in preset_names() else path})") from error
+
+    def _check_groups(self, found: dict[str, Any]) -> None:
+        """Refuse anything but a mapping where settings of a group are expected. Raises BadInput."""
+        dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        for group in sorted({dest[:i] for dest in dests for i in range(len(dest)) if dest[i] == "."}):
+            value: Any = found
+            for name in group.split("."):
+                value = value.get(name, {}) if isinstance(value, dict) else {}
+            if not isinstance(value, dict):
+                inside = [dest for dest in dests if dest.startswith(f"{group}.")]
+                holds = f"it must be a mapping of settings such as {inside[0].removeprefix(f'{group}.')}"
+                raise BadInput(f"{group}={shown(value)} is not possible: {holds}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadInput(one_sentence(message, self)) from ex
-
-
-def one_sentence(message: str, parser: LightningArgumentParser) -> str:
-    """jsonargparse's nested report on one line, with the nearest existing names for an unknown one."""
-    key, value = (
-        found[1] if found else None
-        for found in (re.search(r'Parser key "([\w.]+)"', message), re.search(r"G\w+ value: (.*)", message))
-    )
-    choices = [
-        name.strip("' ") for names in re.findall(r"Literal\[(.*?)\]", message) for name in names.split(",")
-    ]
-    if key == "data" and "dot import path" in message:
-        choices = list(DATA_MODULES)
-    if key and value and choices:
-        return f"{key}={value!r} is not possible: choose one of {', '.join(dict.fromkeys(choices))}"
-    text = reason_in(message)
-    text = text.replace("Parser key ", "").replace("t6_lightning.model.attention.", "")
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '(\w+)' is not accepted", text)
-    if unknown:
-        name = unknown[1] or unknown[2]
-        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-        text += f" (did you mean {' or '.join(near)}?)" if near else ""
-    return text
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,10 @@ class T6CLI(LightningCLI):
         finally:
             sys.argv = argv
         check_backend(self.model.config, self.trainer.strategy.root_device)
+        self.plan: Plan | None = None
+        """What a run that counts steps costs; of one that counts epochs only its data can tell."""
+        if command == "fit" and not self.counts_epochs:
+            self.plan = plan_of(self.model, self.datamodule, self.trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "datamodules.PythonDocs"}})
@@ -185,6 +196,11 @@ class T6CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
+        for action in parser._actions:
+            hint, value = getattr(action, "_typehint", None), self.config.get(action.dest)
+            missing = value is None and action.default is not None and not allows_null(hint)
+            if hint is not None and missing and action.dest in self.config:
+                raise BadInput(f"{action.dest}=None is not possible: it must be {words(hint)}")
         trainer_settings.check(self.config.trainer, self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
@@ -199,12 +215,12 @@ class T6CLI(LightningCLI):
             super().instantiate_classes()
         except BadInput:
             raise
-        except ValueError as error:
+        except Exception as error:
             # jsonargparse hides what a data module says of its settings among the types that it tried.
             reason = reason_in(str(error))
-            if reason == " ".join(str(error).split()):
-                raise
-            raise BadInput(f"data.{reason}") from error
+            if reason != " ".join(str(error).split()):
+                raise BadInput(f"data.{reason}") from error
+            raise BadInput(f"{type(error).__name__}: {first_line(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         built: Any = self.config_init
@@ -348,6 +364,7 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
+        _check_word(word)
         field = option.removeprefix("--data.").removeprefix("init_args.")
         if option.startswith("--data.") and field in LINKED:
             raise BadInput(f"{option} is not possible: {LINKED[field]} sets it")
@@ -370,6 +387,19 @@ def with_config_files(command: str, arguments: list[str]) -> list[str]:
     return [*(f"--config={file}" for file in ([table] if table else []) + files), *flags]
 
 
+def _check_word(word: str) -> None:
+    """Refuse an option's value that jsonargparse would read, or show, for ever. Raises BadInput."""
+    try:
+        word.encode()
+        plain_values(word.partition("=")[2] if word.startswith("--") else word)
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{shown(word)} is not possible: it is not valid UTF-8") from error
+    except Unbounded as error:
+        raise BadInput(f"{shown(word)} is not possible: {error}") from error
+    except yaml.YAMLError:
+        return  # it is text
+
+
 def _default_config(arguments: list[str]) -> Path:
     ckpt_path = _value_of("--ckpt_path", arguments)
     if ckpt_path is not None:
@@ -386,4 +416,8 @@ def build(arguments: list[str]) -> T6CLI:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)  # which backend training runs on
     command, *rest = arguments
-    return T6CLI(command, with_config_files(command, rest))
+    rest = with_config_files(command, rest)
+    try:
+        return T6CLI(command, rest)
+    except Exception as error:
+        raise blamed(error, rest, lambda fewer: T6CLI(command, fewer)) from error

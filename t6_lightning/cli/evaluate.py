@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
+from datamodules.packing import ValidationWindows
 from datamodules.text_files import find_files
+from datamodules.tokenizer import Tokenizer
 from t6_lightning.checkpoint.load import load_trained
 from t6_lightning.cli.parser import Parser, check_files, show_json
 from t6_lightning.common.console import console
 from t6_lightning.common.errors import require
 from t6_lightning.evaluation.perplexity import evaluate_windows, file_windows
-from t6_lightning.runs.folder import resolve_checkpoint
+from t6_lightning.evaluation.training_text import training_keys
+from t6_lightning.presets.reading import read_mapping
+from t6_lightning.runs.folder import resolve_checkpoint, run_of
+
+MOST_CONTEXTS = 64
+"""Times the training context that windows may be long."""
+
+
+def warn_of_training_text(checkpoint: Path, windows: ValidationWindows, tokenizer: Tokenizer) -> int | None:
+    """How many of the documents the checkpoint's run was trained on, where that can be told; says so if there are."""
+    run = run_of(checkpoint)
+    settings = read_mapping(run.config_file) if run is not None else {}
+    keys = training_keys(settings["data"], tokenizer) if isinstance(settings.get("data"), dict) else None
+    if keys is None:
+        return None
+    table = windows.streams[0].table
+    n_seen = int(np.isin(table.key, keys).sum())
+    if n_seen:
+        print(
+            f"warning: the model was trained on {n_seen:,} of these {len(table):,} documents, and knows them: "
+            "`validate` and `test` take those that were held out",
+            file=sys.stderr,
+        )
+    return n_seen
 
 
 def main(arguments: list[str]) -> int:
@@ -37,16 +65,26 @@ def main(arguments: list[str]) -> int:
     find_files(options.files)
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run)
     trained = load_trained(checkpoint)
-    context = options.context or trained.model.config.context
+    own = trained.model.config.context
+    context = options.context or own
+    most = MOST_CONTEXTS * own
+    require(
+        context <= most,
+        "--context",
+        context,
+        f"it must be at most {most}, {MOST_CONTEXTS} times the training's",
+    )
     names, windows = file_windows(
         options.files, options.text_field, options.txt_documents, trained.tokenizer, context
     )
+    trained_on = warn_of_training_text(checkpoint, windows, trained.tokenizer)
     metrics = evaluate_windows(
         trained.model, windows, names, options.batch_size, trained.confine_to_documents
     )
     figures = metrics.per_domain()
     if options.json:
         result: dict[str, Any] = {"checkpoint": str(checkpoint), "context": context, "files": figures}
+        result["training_documents"] = trained_on
         show_json(result, options.json)
         return 0
     table = Table(title=f"{checkpoint.name}, windows of {context} tokens", title_justify="left")

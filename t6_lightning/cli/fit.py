@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-
 from t6_lightning.cli.configuration import T6CLI, build
-from t6_lightning.common.console import console
-from t6_lightning.distributed import ranks
-from t6_lightning.runs import report
-from t6_lightning.runs.fit import RunConfig, check_weights_file, fit, plan_of
-from t6_lightning.runs.plan import measure_matrix_rate
+from t6_lightning.cli.dry_run import dry_run
+from t6_lightning.runs.fit import RunConfig, check_weights_file, fit
 
 
 def main(arguments: list[str]) -> int:
     """Train, from the beginning or from a checkpoint, or say with `--dry_run` what that would cost."""
     cli = build(arguments)
-    plan = None if cli.counts_epochs else plan_of(cli.model, cli.datamodule, cli.trainer)
     if cli.config.init_from:
         check_weights_file(cli.config.init_from)
     if cli.config.dry_run:
-        if plan is None:
-            cli.datamodule.prepare_data()  # which tells how long an epoch is
-            plan = plan_of(cli.model, cli.datamodule, cli.trainer)
-        device, half = cli.trainer.strategy.root_device, cli.trainer.precision == "bf16-mixed"
-        dtype = torch.bfloat16 if half else torch.float32
-        if ranks.is_first():
-            report.print_plan(plan, measure_matrix_rate(device, dtype, cli.model.config.d_model))
-            decided = ", ".join(f"{name}={value}" for name, value in cli.recipe_settings.items())
-            console.print(
-                f"recipe {cli.config.recipe}{': ' if decided else ''}{decided}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        return 0
+        return dry_run(cli, config_of(cli))
     return fit(config_of(cli), cli.model, cli.datamodule, cli.trainer, cli.run)
 
 

@@ -41,6 +41,7 @@ INSTEAD = {
 """What would be overwritten or would change what steps and tokens mean -> what decides instead."""
 
 MOST_SEED = 2**32 - 1
+MOST_DEVICES = 65_536
 
 
 def check(trainer: Any, seed: Any) -> None:
@@ -81,6 +82,10 @@ def check(trainer: Any, seed: Any) -> None:
         trainer.devices,
         "it must be at least 1, `auto` for all, or a list",
     )
+    for name in ("devices", "num_nodes"):
+        given = str(trainer[name])
+        fits = not given.isdecimal() or int(given) <= MOST_DEVICES
+        require(fits, f"trainer.{name}", trainer[name], f"it must be at most {MOST_DEVICES:,}")
     fits = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= MOST_SEED
     require(fits, "seed_everything", seed, f"it must be a whole number from 0 to {MOST_SEED}")
     if trainer.num_nodes > 1 and launch.started_from_outside() is None and "MASTER_ADDR" not in os.environ:

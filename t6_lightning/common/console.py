@@ -1,14 +1,33 @@
 """Where people read: a terminal as wide as it is, or a log of 120 columns."""
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-console = Console()
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""Exit code where nobody reads what is printed any more, as in `... | head`."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line end by it as it does where others print; rich would exit with code 1."""
+        raise BrokenPipeError
+
+
+console = _Console()
 if not console.is_terminal:
-    console = Console(width=120)
+    console = _Console(width=120)
+
+
+def leave_closed_pipe() -> int:
+    """After a BrokenPipeError: the exit code. Python flushes standard output at its end, and would say so again."""
+    with suppress(OSError, ValueError):  # standard output is no file, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
 
 
 def python() -> str:

@@ -31,7 +31,23 @@ class WorkerDied(RuntimeError):
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise `BadInput` naming the field, its value and what is allowed, unless the condition holds."""
     if not condition:
-        raise BadInput(f"{field}={value!r} is not possible: {allowed}")
+        raise BadInput(f"{field}={shown(value)} is not possible: {allowed}")
+
+
+LONGEST_SHOWN = 200
+"""Characters of a value in a sentence."""
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a sentence: on one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer beyond Python's limit of digits, or a __repr__ of the user's
+        return f"<{type(value).__name__}: {first_line(error)}>"
+    text = " ".join(text.split())
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[: LONGEST_SHOWN - 40]}…{text[-20:]} ({len(text):,} characters)"
 
 
 def first_line(error: BaseException) -> str:

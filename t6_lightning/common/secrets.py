@@ -2,10 +2,12 @@
 
 import re
 
+from t6_lightning.common.databases import is_sqlite
+
 
 def hide_password(url: str) -> str:
     """A URL without its user:password part and without query values, which may hold secrets too."""
-    if url.startswith("sqlite:"):  # has neither, and @ and = may stand in a path
+    if is_sqlite(url):  # has neither, and @ and = may stand in a path
         return url
     url = re.sub(r"^(.*?://)?.*@", r"\1***@", url)
     return re.sub(r"([?&][^=&]+=)[^&]*", r"\1***", url)
@@ -23,5 +25,5 @@ def without_secrets(text: str, *urls: str) -> str:
         if password := re.search(r"://[^:@/]*:(.+)@", url):
             text = text.replace(password[1], "***")
     # A password may hold @, : and / itself: everything up to the last @ is hidden.
-    text = re.sub(r"(\bsqlite:\S*)|//[^\s'\"]*@", lambda found: found[1] or "//***@", text)
+    text = re.sub(r"(\bsqlite(?:\+\w+)?:\S*)|//[^\s'\"]*@", lambda found: found[1] or "//***@", text)
     return re.sub(r"([?&][^=&\s'\"]+=)[^&\s'\")]+", r"\1***", text)

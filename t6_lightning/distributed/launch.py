@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from t6_lightning.common.console import console
-from t6_lightning.common.errors import BadInput, require
+from t6_lightning.common.errors import BadInput, require, shown
 from t6_lightning.distributed import ranks
 from t6_lightning.distributed.fsdp2 import ShardedStrategy
 from t6_lightning.distributed.signals import signals
@@ -122,6 +123,18 @@ def follow_launcher(trainer: Any) -> None:
         trainer[name] = number
 
 
+def _guilty(build: Callable[[dict[str, Any]], pl.Trainer], config: dict[str, Any]) -> str:
+    """Which settings the trainer cannot be built with: those without any one of which it can."""
+    usual = {name: value.default for name, value in inspect.signature(pl.Trainer).parameters.items()}
+    guilty = []
+    for name, value in config.items():
+        if name in usual and value != usual[name]:
+            with suppress(Exception):
+                build(config | {name: usual[name]})
+                guilty.append(f"trainer.{name}={shown(value)}")
+    return f"{' with '.join(guilty)} is not possible" if guilty else "trainer"
+
+
 def build_trainer(
     build: Callable[[dict[str, Any]], pl.Trainer], config: dict[str, Any], shards: bool
 ) -> pl.Trainer:
@@ -162,5 +175,6 @@ def build_trainer(
         config = config | {"strategy": "_fsdp2_as_asked"}
     try:
         return build(config)
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
+    except Exception as error:  # every accelerator, precision and strategy has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{_guilty(build, config)}: {reason}") from error

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from t6_lightning.common.errors import BadInput, require
+from t6_lightning.common.errors import BadInput, require, shown
 from t6_lightning.model.config import T6Config
 from t6_lightning.presets.classes import find_class, kept_arguments
+from t6_lightning.presets.reading import read_mapping
 
 FOLDER = Path(__file__).parent
+LONGEST_CHAIN = 32
+"""Files that extend each other."""
 
 RECIPES = ("paper", "released")
 """Whose settings a run has where the paper and its released trainer differ. The first is the default."""
@@ -49,11 +50,11 @@ def preset_label(file: Path) -> str:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:200], preset_names(), n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(near)}?" if near else "`python -m t6_lightning params` lists the presets"
     )
-    return f"{name!r} is neither a file nor a preset: {hint}"
+    return f"{shown(name)} is neither a file nor a preset: {hint}"
 
 
 def config_file(name: str) -> Path:
@@ -62,11 +63,11 @@ def config_file(name: str) -> Path:
     Raises:
         BadInput: neither a file nor a preset, or a file whose settings cannot be read.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         settings(Path(name))
         return Path(name)
     preset = FOLDER / f"{name}.yaml"
-    if preset.is_file():
+    if os.path.isfile(preset):
         return preset
     raise BadInput(_unknown(name))
 
@@ -95,17 +96,23 @@ def _settings(file: Path, above: tuple[Path, ...], recipe: str) -> dict[str, Any
     if file.resolve() in above:
         circle = " extends ".join(path.name for path in (*above[above.index(file.resolve()) :], file))
         raise BadInput(f"extends={above[-1].name!r} is not possible: {circle} again, which is a circle")
-    own = _read_yaml(file)
+    if len(above) > LONGEST_CHAIN:
+        raise BadInput(
+            f"extends is not possible in {above[0]}: more than {LONGEST_CHAIN} files extend each other"
+        )
+    own = read_mapping(file)
     instead = _recipes(own, file).get(recipe, {})
     if "extends" not in own:
         return _merged(own, instead)
     name = own.pop("extends")
     if not isinstance(name, str):
-        raise BadInput(f"extends={name!r} is not possible in {file}: it takes the name of one preset or file")
+        raise BadInput(
+            f"extends={shown(name)} is not possible in {file}: it takes the name of one preset or file"
+        )
     candidates = (FOLDER / f"{name}.yaml", file.parent / name)
-    base = next((candidate for candidate in candidates if candidate.is_file()), None)
+    base = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if base is None:
-        raise BadInput(f"extends={name!r} is not possible in {file}: {_unknown(name)}")
+        raise BadInput(f"extends={shown(name)} is not possible in {file}: {_unknown(name)}")
     return _merged(_merged(_settings(base, (*above, file.resolve()), recipe), own), instead)
 
 
@@ -138,34 +145,6 @@ def _merged(base: dict[str, Any], own: dict[str, Any], place: str = "") -> dict[
 
 def _spelled_out(name: str, place: str) -> str | dict[str, Any]:
     return {"class_path": name} if find_class(name, place) else name
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 and jsonargparse do; PyYAML wants 1.0e-4."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """PyYAML would keep the last of two equal keys, and say nothing."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.YAMLError(f"{twice[0]!r} stands twice in one mapping{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-MERGE = "tag:yaml.org,2002:merge"
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} holds no settings: a configuration is a YAML mapping such as `trainer: ...`")
-    return content
 
 
 def load_net(name: str) -> T6Config:

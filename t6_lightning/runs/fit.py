@@ -61,11 +61,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """Where a run goes on; `ended` where only its report is missing."""
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: what it goes on from; None at the beginning.
+        ended: only its report is missing.
+        reported: nothing is missing.
+        changes: settings that differ from those of the run's folder, as sentences.
+    """
 
     checkpoint: Path | None
     ended: bool = False
+    reported: bool = False
+    changes: tuple[str, ...] = ()
 
 
 def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
@@ -91,7 +100,7 @@ def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Traine
 
 
 def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
-    def prepared() -> _Start | SourceUnavailable | None:
+    def prepared() -> Start | SourceUnavailable | None:
         with suppress(Interrupted):  # it is noted: all ranks hear of it next
             try:
                 return _prepare(config, module, data, trainer, run)
@@ -125,13 +134,15 @@ def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Train
 # --- before training ---
 
 
-def _prepare(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
-) -> _Start | None:
-    """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
+def find_start(config: RunConfig, module: T6Module, trainer: pl.Trainer, run: RunFolder) -> Start:
+    """Where the run goes on. Reads what is there, and writes nothing.
+
+    Raises:
+        BadInput: a checkpoint that cannot be gone on from, weights that do not fit, a run of other settings.
+    """
     changes = changed_settings(run, config)
     checkpoint = _checkpoint(config, run, changes)
-    ended = False
+    ended = reported = False
     if checkpoint is not None:
         state = refuse_other_architecture(module.config, checkpoint)
         if "optimizer_states" not in state:
@@ -144,15 +155,24 @@ def _prepare(
         saved = state.get("callbacks", {}).get(Checkpoints.__qualname__, {})
         # Version 0.1.0 did not say whether training had ended; it ended by steps alone.
         ended = step == trainer.max_steps or (bool(saved.get("ended")) and not changes)
-        if run.record.get("status") == "finished" and ended:
-            console.print(f"run {run.name} is finished already")
-            report.print_summary(run, report.read_summary(run))
-            return None
-        if config.ckpt_path is not None:
-            for change in changes:
-                print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
-    if config.init_from:
+        reported = run.record.get("status") == "finished" and ended
+    if config.init_from and not reported:
         _weights(module.config, Path(config.init_from))
+    return Start(checkpoint, ended, reported, tuple(changes))
+
+
+def _prepare(
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
+) -> Start | None:
+    """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
+    start = find_start(config, module, trainer, run)
+    if start.reported:
+        console.print(f"run {run.name} is finished already")
+        report.print_summary(run, report.read_summary(run))
+        return None
+    if start.checkpoint is not None and config.ckpt_path is not None:
+        for change in start.changes:
+            print(f"changed since the checkpoint, and used as it is now: {change}", file=sys.stderr)
     check_disk(disk_bytes(module.config.n_parameters(), _kept(trainer)))
     with signals.raised_at_once():
         data.prepare_data()
@@ -160,7 +180,7 @@ def _prepare(
         module.check_tokenizer(data)
         if (tracking := _find(trainer.loggers, MLflowTracking)) is not None:
             tracking.connect()
-    return _Start(checkpoint, ended)
+    return start
 
 
 def _kept(trainer: pl.Trainer) -> int:
@@ -286,7 +306,7 @@ def _weights(net: T6Config, checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _open(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> None:
     """Announce the run, and write what its folder and the loggers say of it before it trains."""
     plan = plan_of(module, data, trainer)
@@ -305,7 +325,7 @@ def _open(
             tracking.leave()
     run.create(yaml.safe_dump(dict(config.settings), sort_keys=False))
     started = run.record.get("started") or datetime.now(UTC).isoformat()
-    run.update_record(status="running", started=started)
+    run.update_record(status="running", started=started, **_time_so_far(config, run, start))
     if tracking is not None:
         tracking.start(_tags(config, module, data))
     derived = {
@@ -320,6 +340,25 @@ def _open(
     if tracking is not None:
         for file in (run.config_file, described, summary):
             tracking.log_artifact(file)
+
+
+def _time_so_far(config: RunConfig, run: RunFolder, start: Start) -> dict[str, float]:
+    """For the record: seconds of the commands before this one, and when this one began, in seconds of the epoch.
+
+    A command that was killed could not add its own time: it counts up to the checkpoint that it left.
+    """
+    began = time.time() - (time.monotonic() - config.started)
+    if start.checkpoint is None:
+        return {"seconds": 0.0, "began": began}
+    seconds, killed = run.record.get("seconds", 0.0), run.record.get("began")
+    if killed is not None:
+        seconds += max(0.0, start.checkpoint.stat().st_mtime - killed)
+    return {"seconds": seconds, "began": began}
+
+
+def _seconds(config: RunConfig, run: RunFolder) -> float:
+    """Of all commands that trained the run, this one included."""
+    return run.record.get("seconds", 0.0) + time.monotonic() - config.started
 
 
 def _tags(config: RunConfig, module: T6Module, data: TokenData) -> dict[str, str]:
@@ -339,12 +378,12 @@ def _tags(config: RunConfig, module: T6Module, data: TokenData) -> dict[str, str
 
 
 def _train(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> int:
     tracking = _find(trainer.loggers, MLflowTracking)
     status, mlflow_status, code = "failed", "FAILED", 1
     try:
-        ended = _run_trainer(config, module, data, trainer, start)
+        ended = _run_trainer(config, module, data, trainer, run, start)
         net = fsdp2.whole_model(module.net)
         if net is not None and ranks.is_first():
             report.print_summary(run, report.finish(ended, net, module.figures, data, run, tracking))
@@ -381,7 +420,7 @@ def _train(
         return 1
     finally:
         if ranks.is_first():
-            run.update_record(status=status)
+            run.update_record(status=status, seconds=_seconds(config, run), began=None)
             if tracking is not None:
                 tracking.close(mlflow_status)
     ranks.barrier()  # a launcher ends the others when one has left
@@ -389,7 +428,7 @@ def _train(
 
 
 def _run_trainer(
-    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, start: _Start
+    config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder, start: Start
 ) -> report.Ended:
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
@@ -402,8 +441,7 @@ def _run_trainer(
         step = trainer.global_step
         loader: Any = data.train_loader
         tokens = loader.samples * data.context
-    seconds = time.monotonic() - config.started
-    return report.Ended(step, tokens, seconds, data.faults_of_all_ranks(), half)
+    return report.Ended(step, tokens, _seconds(config, run), data.faults_of_all_ranks(), half)
 
 
 def _explain_divergence(config: RunConfig, run: RunFolder, error: Diverged) -> None:

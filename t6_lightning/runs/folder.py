@@ -10,6 +10,7 @@ T6_HOME/runs/NAME/
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from t6_lightning.common.errors import BadInput, require
 from t6_lightning.common.files import write_atomically
 from t6_lightning.common.home import t6_home
 from t6_lightning.distributed import ranks
+
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255."""
 
 
 class RunFolder:
@@ -104,8 +108,9 @@ class RunFolder:
 
 
 def _check_name(name: str) -> str:
-    allowed = "a run's name is letters, digits and . _ + -"
-    require(bool(re.fullmatch(r"[\w.+-]+", name)) and name.strip(".") != "", "--run", name, allowed)
+    allowed = f"a run's name is letters, digits and . _ + -, at most {LONGEST_NAME} bytes"
+    fits = len(os.fsencode(name)) <= LONGEST_NAME  # of a folder; MLflow and Lightning add nothing to it
+    require(fits and bool(re.fullmatch(r"[\w.+-]+", name)) and name.strip(".") != "", "--run", name, allowed)
     return name
 
 

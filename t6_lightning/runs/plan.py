@@ -100,7 +100,8 @@ def _in_words(n_bytes: int) -> str:
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, width: int, tokens: int = 4096) -> float:
-    """FLOP/s of a product (tokens, width) × (width, 4 · width) on this device, the best of 10."""
+    """FLOP/s of a product (tokens, width) × (width, 4 · width) on this device, the best of 10; `width` at most 4096."""
+    width = min(width, 4096)  # as fast as wider ones, and fits into any memory
     left = torch.randn(tokens, width, device=device, dtype=dtype)
     right = torch.randn(width, 4 * width, device=device, dtype=dtype)
     best = float("inf")

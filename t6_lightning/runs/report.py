@@ -16,12 +16,12 @@ from datamodules.base import TokenData
 from t6_lightning.common.console import console, python
 from t6_lightning.common.files import write_atomically
 from t6_lightning.model.cache import KVCache
-from t6_lightning.model.generate import generate
+from t6_lightning.model.generate import generate, row_generators
 from t6_lightning.model.t6 import T6
 from t6_lightning.runs.folder import RunFolder
 from t6_lightning.runs.plan import Plan
 from t6_lightning.runs.tracking import MLflowTracking
-from t6_lightning.training.callbacks.progress import duration
+from t6_lightning.training.callbacks.progress import DAY, duration
 
 PROMPT_TOKENS = 32
 SAMPLE_SEED = 0
@@ -41,7 +41,7 @@ class Ended:
     Attributes:
         step: optimizer steps.
         tokens: training tokens.
-        seconds: since the command began.
+        seconds: of all commands that trained it, each from its beginning.
         faults: kind -> how often it was met in reading, on all ranks.
         half: generation measures in bfloat16, as training computed.
     """
@@ -149,13 +149,21 @@ def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, flo
     capacity = data.context
     cache = net.new_cache(len(prompts), capacity, torch.bfloat16 if half else None)
     prompt_BT = torch.stack(list(prompts.values())).to(device)
-    generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
+    generators = row_generators(SAMPLE_SEED, len(prompts), device)
     n_new = capacity - prompt_BT.shape[1] + 1
     tokens = []
     started = 0.0
     # Compiled blocks stay eager here: a cache that grows by a token a step would be compiled anew each time.
     with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.compiler.set_stance("force_eager"):
-        for token_B in generate(net, prompt_BT, n_new, top_k=50, generator=generator, cache=cache):
+        for token_B in generate(
+            net,
+            prompt_BT,
+            n_new,
+            top_k=50,
+            generator=generators,
+            cache=cache,
+            n_symbols=min(data.tokenizer.vocab_size, net.config.vocab_size),
+        ):
             tokens.append(token_B.cpu())
             started = started or time.perf_counter()  # the first token is the prefill's
     speed = len(prompts) * (n_new - 1) / max(time.perf_counter() - started, 1e-9)
@@ -238,7 +246,8 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
         f"KV cache, bytes per token ({summary['kv_cache/dtype']})",
         f"{measured:,.0f} measured, {predicted:,.0f} predicted, {mha:,.0f} MHA ({measured / mha:.3f}×)",
     )
-    table.add_row("time", f"{summary['seconds']:,.0f} s")
+    seconds = summary["seconds"]
+    table.add_row("time", f"{seconds:,.0f} s" if seconds < DAY else duration(seconds))
     console.print(table)
     console.print(f"checkpoint   {summary['checkpoint']}", soft_wrap=True)
     console.print(f"see the run  {python()} -m mlflow_server", soft_wrap=True)

@@ -4,6 +4,7 @@
 # TYPE_CHECKING block below and so import MLflow, seconds before anyone needs it.
 import hashlib
 import math
+import os
 import re
 import time
 from argparse import Namespace
@@ -14,16 +15,16 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from t6_lightning.common.errors import BadInput, first_line
-from t6_lightning.common.secrets import without_secrets
+from t6_lightning.common.errors import require
 from t6_lightning.runs.folder import RunFolder
-from t6_lightning.runs.tracking_store import experiment_id, open_client, tracking_uri
+from t6_lightning.runs.tracking_store import experiment_id, open_client, unusable
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
 LONGEST_NAME = 250
+LONGEST_EXPERIMENT = 500
 """Characters, of MLflow's."""
 
 
@@ -49,6 +50,14 @@ class MLflowTracking(Logger):
         run: RunFolder | None = None,
     ) -> None:
         super().__init__()
+        allowed = f"a name of 1 to {LONGEST_EXPERIMENT} characters"
+        fits = len(experiment.strip()) > 0 and len(experiment) <= LONGEST_EXPERIMENT
+        require(fits and "\0" not in experiment, "tracking.experiment", experiment, allowed)
+        for tag in tags or {}:
+            fits = bool(re.fullmatch(rf"[/\w.\- :]{{1,{LONGEST_NAME}}}", tag)) and tag == os.path.normpath(
+                tag
+            )
+            require(fits, "tracking.tags", tag, "a tag's name is letters, digits and _ - . : / and blanks")
         self.experiment_name = experiment
         self.tags = dict(tags or {})
         if parent:
@@ -91,11 +100,9 @@ class MLflowTracking(Logger):
         try:
             self._client = open_client()
             self._experiment_id = experiment_id(self._client, self.experiment_name)
-        except Exception as error:  # MLflow's, SQLAlchemy's and those of HTTP mean the same to the user
+        except Exception as error:
             self._client = None
-            reason = first_line(error)[:200]
-            said = f"MLFLOW_TRACKING_URI={tracking_uri()!r} cannot be used: {reason}"
-            raise BadInput(without_secrets(said)) from error
+            raise unusable(error) from error
 
     @rank_zero_only
     def start(self, tags: dict[str, str]) -> None:

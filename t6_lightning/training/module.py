@@ -160,6 +160,7 @@ class T6Module(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if hasattr(self._data, "tokenizer"):
             checkpoint["tokenizer"] = self._data.tokenizer.to_json()
+        checkpoint["precision"] = str(self.trainer.precision)
         checkpoint[UNLOGGED] = self._unlogged.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

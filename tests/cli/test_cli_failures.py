@@ -27,7 +27,10 @@ from t6_lightning.runs.folder import RunFolder
         (["--model.net.attention.head_dim", "7"], "attention.head_dim=7 is not possible: RoPE turns pairs"),
         (["--model.net.attention.rankk", "2"], "'rankk' is not accepted"),
         (["--model.net.d_modle", "2"], "--model.net.d_modle 2 (did you mean model.net.d_model"),
-        (["--model.net.d_model", "wide"], "\"model.net.d_model\": Expected a <class 'int'>. Got value: wide"),
+        (
+            ["--model.net.d_model", "wide"],
+            "model.net.d_model='wide' is not possible: it must be a whole number",
+        ),
         (["--model.optimizer.lr", "-1"], "optimizer.lr=-1.0 is not possible: it must be above 0"),
         (["--config", "paper/smal-tpa"], "neither a file nor a preset: did you mean paper/small-tpa"),
         (

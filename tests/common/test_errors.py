@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from t6_lightning.common.errors import BadInput, SourceUnavailable, first_line, reason_in, require
+from t6_lightning.common.errors import BadInput, SourceUnavailable, first_line, reason_in, require, shown
 
 
 def test_an_error_of_a_worker_process_loses_its_traceback() -> None:
@@ -42,3 +42,11 @@ def test_reason_in_a_report_of_jsonargparse() -> None:
     )
     assert reason_in(report) == "it must be at least 1"
     assert reason_in("a\n  b") == "a b"
+
+
+def test_a_long_value_is_cut_in_its_sentence() -> None:
+    with pytest.raises(BadInput) as refusal:
+        require(False, "--run", "a" * 10_000, "shorter")
+    assert len(str(refusal.value)) < 300
+    assert "(10,002 characters) is not possible: shorter" in str(refusal.value)
+    assert "digits" in shown(16**9000)

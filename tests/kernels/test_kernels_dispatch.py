@@ -28,13 +28,20 @@ def test_auto_takes_the_first_that_can_run():
     assert choose("op", "auto", CANDIDATES, {"fast": "needs a GPU"}) is slow
 
 
-def test_auto_says_each_choice_once(caplog):
-    caplog.set_level(logging.INFO, logger="kernels")
+def test_auto_says_each_backend_once(caplog, monkeypatch):
+    monkeypatch.setattr("kernels.dispatch._said", set())
+    caplog.set_level(logging.DEBUG, logger="kernels")
     for cannot in ({}, {}, {"fast": "needs a GPU"}, {}):
-        choose("said once", "auto", CANDIDATES, cannot)
-    choose("said once", "slow", CANDIDATES)
-    messages = [record.getMessage() for record in caplog.records if "said once" in record.getMessage()]
-    assert messages == ["said once: backend auto takes fast", "said once: backend auto takes slow"]
+        choose("first", "auto", CANDIDATES, cannot)
+        choose("second", "auto", CANDIDATES, cannot)
+    choose("first", "slow", CANDIDATES)
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [
+        ("INFO", "backend auto takes fast (first)"),
+        ("DEBUG", "backend auto takes fast (second)"),
+        ("INFO", "backend auto takes slow (first)"),
+        ("DEBUG", "backend auto takes slow (second)"),
+    ]
 
 
 def test_a_named_backend_is_taken_or_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
@@ -108,8 +109,18 @@ def _said(formats: dict[str, str], trainer: pl.Trainer) -> list[str]:
     return [text.format(float(found[name])) for name, text in formats.items() if name in found]
 
 
+DAY = 24 * 3600
+YEAR = 365.25 * DAY
+
+
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """2:03, 1:02:03, 3 days or 74 years."""
+    if not isfinite(seconds):
+        return "without end"
+    for unit, length, least in (("years", YEAR, 2), ("days", DAY, 1)):
+        if seconds >= least * length:
+            number = round(seconds / length)
+            return f"{number:,} {unit if number > 1 else unit[:-1]}"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
