@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import signal
@@ -10,7 +9,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 
-from t6_lightning.common.errors import BadInput, SourceUnavailable
+from t6_lightning.common.errors import BadInput, CheckpointError, SourceUnavailable, disk_sentence
 from t6_lightning.distributed.signals import signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
@@ -39,9 +38,6 @@ COMMANDS = {
     ),
     "import": ("t6_lightning.cli.import_", "read a checkpoint of the paper's public code"),
 }
-
-# What is wrong with the disk rather than with the program.
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def usage() -> str:
@@ -81,10 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.connected() or ranks.is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
-        if error.errno not in NO_PLACE:
+        sentence = disk_sentence(error)
+        if sentence is None:
             raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,11 +16,12 @@ import torch
 import yaml
 
 from datamodules.base import TokenData
-from t6_lightning.checkpoint import files, shards
-from t6_lightning.checkpoint.files import CheckpointError
+from t6_lightning.checkpoint import content, files, shards
+from t6_lightning.checkpoint.io import restoring
 from t6_lightning.common.classes import import_class, import_path
 from t6_lightning.common.console import console
-from t6_lightning.common.errors import BadInput, SourceUnavailable, require
+from t6_lightning.common.errors import BadInput, CheckpointError, SourceUnavailable, disk_sentence, require
+from t6_lightning.common.state import DamagedState
 from t6_lightning.distributed import fsdp2, launch, ranks
 from t6_lightning.distributed.signals import Interrupted, signals
 from t6_lightning.model.config import T6Config
@@ -127,14 +128,15 @@ def _prepare(
     config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder
 ) -> _Start | None:
     """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
-    changes = changed_settings(run, config.settings)
+    changes = _changes(config, run, is_said=False)
     checkpoint = _checkpoint(config, run, changes)
     ended = False
     if checkpoint is not None:
         state = refuse_other_architecture(module.config, checkpoint)
         if "optimizer_states" not in state:
             raise BadInput(f"--ckpt_path={checkpoint} holds weights only: start from it with --init_from")
-        step = int(state["global_step"])
+        content.check_optimizer(state, f"checkpoint {checkpoint}")
+        step = int(state.get("global_step", 0))
         if -1 < trainer.max_steps < step:
             raise BadInput(
                 f"trainer.max_steps={trainer.max_steps} is not possible: {checkpoint.name} is further already"
@@ -142,9 +144,10 @@ def _prepare(
         saved = state.get("callbacks", {}).get(Checkpoints.__qualname__, {})
         # Version 0.1.0 did not say whether training had ended; it ended by steps alone.
         ended = step == trainer.max_steps or (bool(saved.get("ended")) and not changes)
-        if run.record.get("status") == "finished" and ended:
+        is_reported = run.record.get("status") == "finished" and ended
+        if is_reported and (summary := report.read_summary(run)):  # without one it is reported again
             console.print(f"run {run.name} is finished already")
-            report.print_summary(run, report.read_summary(run))
+            report.print_summary(run, summary)
             return None
         if config.ckpt_path is not None:
             for change in changes:
@@ -187,18 +190,11 @@ def plan_of(module: T6Module, data: TokenData, trainer: pl.Trainer) -> Plan:
 
 def _checkpoint(config: RunConfig, run: RunFolder, changes: list[str]) -> Path | None:
     """The checkpoint to go on from, if there is one."""
-    if config.ckpt_path is not None:
+    if config.ckpt_path not in (None, "last"):
         return resolve_checkpoint(config.ckpt_path, run.name)
-    if not run.exists:
-        return None
-    saved = files.in_order(run.checkpoints)
-    checkpoint = run.last_checkpoint()
-    if saved and checkpoint is None:
-        raise BadInput(
-            f"--run={run.name!r} is not possible: none of that run's {len(saved)} checkpoints is whole; choose another "
-            f"name, or remove {run.path} to train it from the beginning"
-        )
-    if saved and changes:
+    # Both may come before the run's first checkpoint: a job's script is the same for its first start and all others.
+    checkpoint = run.checkpoint_to_go_on_from()
+    if checkpoint is not None and changes and config.ckpt_path is None:
         raise BadInput(
             f"--run={run.name!r} is not possible: that run exists with another configuration "
             f"({'; '.join(changes[:3])}); choose another name, or add --ckpt_path last to go on with the new values"
@@ -206,11 +202,28 @@ def _checkpoint(config: RunConfig, run: RunFolder, changes: list[str]) -> Path |
     return checkpoint
 
 
-def changed_settings(run: RunFolder, settings: Mapping[str, Any]) -> list[str]:
-    """Settings in which the folder's configuration differs from the present one, as sentences."""
-    if not run.exists:
+def _changes(config: RunConfig, run: RunFolder, is_said: bool) -> list[str]:
+    """`changed_settings`; none where they cannot be told and nothing is lost, or the user asks to go on."""
+    try:
+        return changed_settings(run, config.settings)
+    except DamagedState as error:
+        if run.has_saved and config.ckpt_path is None:
+            raise
+        if not is_said:
+            message = "the settings of this command are used, and what the run had before is not known"
+            print(f"{run.config_file} is {error.reason}: {message}", file=sys.stderr)
         return []
-    before = dict(_leaves(yaml.safe_load(run.config_file.read_text())))
+
+
+def changed_settings(run: RunFolder, settings: Mapping[str, Any]) -> list[str]:
+    """Settings in which the folder's configuration differs from the present one, as sentences.
+
+    Raises:
+        DamagedState: the folder's configuration is damaged, or missing beside checkpoints.
+    """
+    if (written := run.settings) is None:
+        return []
+    before = dict(_leaves(written))
     now = dict(_leaves(settings))
     names = [name for name in sorted(before | now) if not name.startswith(NOT_COMPUTED)]
     names = [
@@ -241,7 +254,9 @@ def _same_class(name: str, value: Any) -> Any:
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for name, value in values.items():
-        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        leaves += (
+            _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+        )
     return leaves
 
 
@@ -252,17 +267,17 @@ def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = Fal
         BadInput: it is damaged or another model's.
     """
     state = files.load(checkpoint, whole)
+    saved = content.config_of(state, f"checkpoint {checkpoint}")
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init"}
     differ = {
-        name: values
-        for name, values in net.differences(state["hyper_parameters"]["net"]).items()
-        if name not in shapeless
+        name: values for name, values in net.differences(saved.to_dict()).items() if name not in shapeless
     }
     if differ:
         named = "; ".join(
             f"{name} is {there!r} there and {here!r} here" for name, (there, here) in list(differ.items())[:4]
         )
         raise BadInput(f"checkpoint {checkpoint} is of another architecture: {named}")
+    content.check_weights(state["state_dict"], net, f"checkpoint {checkpoint}")
     return state
 
 
@@ -289,10 +304,10 @@ def _open(
         console.print(f"going on from {start.checkpoint.name}")
     console.print(plan.sentence(), soft_wrap=True)
     tracking = _find(trainer.loggers, MLflowTracking)
-    if start.checkpoint is None and (changes := changed_settings(run, config.settings)):
-        # Nothing is lost with a run that saved nothing. Unless it did so while data was prepared here.
-        if files.in_order(run.checkpoints):
-            raise BadInput(f"--run={run.name!r} is not possible: another process has trained it in between")
+    if start.checkpoint is None and run.has_saved:
+        raise BadInput(f"--run={run.name!r} is not possible: another process has trained it in between")
+    # Nothing is lost with a run that saved nothing.
+    if start.checkpoint is None and (changes := _changes(config, run, is_said=True)):
         said = "ended before its first checkpoint and begins again, with another configuration"
         print(f"run {run.name} {said}: {'; '.join(changes)}", file=sys.stderr)
         if tracking is not None:
@@ -355,6 +370,14 @@ def _train(
             _explain_divergence(config, run, error)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        sentence = disk_sentence(error)
+        if sentence is None:
+            raise
+        last = run.last_checkpoint()
+        stands = f"{last.name} stands" if last else "there is no checkpoint yet"
+        command = _resume_command(config, run)
+        print(f"error: {sentence}; {stands}: make room and go on with {command}", file=sys.stderr)
     except SourceUnavailable:
         status, mlflow_status = "interrupted", "KILLED"  # the same command goes on once the hub answers
         raise
@@ -375,7 +398,8 @@ def _train(
         return 1
     finally:
         if ranks.is_first():
-            run.update_record(status=status)
+            with suppress(OSError):  # of a full disk, which is said already
+                run.update_record(status=status)
             if tracking is not None:
                 tracking.close(mlflow_status)
     ranks.barrier()  # a launcher ends the others when one has left
@@ -388,11 +412,13 @@ def _run_trainer(
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
         # Killed between its last checkpoint and its report.
-        trainer.validate(module, data, ckpt_path=start.checkpoint, verbose=False)
+        with restoring(start.checkpoint):
+            trainer.validate(module, data, ckpt_path=start.checkpoint, verbose=False)
         step = int(files.load(start.checkpoint, whole=False)["global_step"])
         tokens = data.samples * data.context
     else:
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+        with restoring(start.checkpoint):
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         step = trainer.global_step
         loader: Any = data.train_loader
         tokens = loader.samples * data.context

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from t6_lightning.checkpoint import files
+from t6_lightning.checkpoint import content, files
 from t6_lightning.checkpoint.files import step_of
 from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 from t6_lightning.common.errors import BadInput, require
@@ -87,6 +87,23 @@ class Checkpoints(Checkpoint):
         self._io = io if isinstance(io, VerifiedCheckpointIO) else None
         # Lightning's handlers would take the place of ours, and send to the other ranks from within a handler.
         trainer._signal_connector.register_signal_handlers = lambda: None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse states of other types than their owners', before these take them over. Raises BadInput."""
+        if trainer.state.fn != "fit":
+            return
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        present: dict[str, Any] = {
+            "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
+            "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        }
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data is not None:
+            present[type(data).__qualname__] = data.state_dict()
+        if reason := content.other_form(checkpoint, present, "it"):
+            raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
