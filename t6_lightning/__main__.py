@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from typing import NoReturn
 
 from t6_lightning.common.errors import BadInput, CheckpointError, SourceUnavailable, disk_sentence
-from t6_lightning.distributed.signals import signals
+from t6_lightning.distributed.signals import Interrupted, signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
 COMMANDS = {
@@ -65,8 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         with signals.taken() if command == "fit" else nullcontext():
-            module = importlib.import_module(COMMANDS[command][0])
+            with signals.raised_where_alone() if command == "fit" else nullcontext():
+                module = importlib.import_module(COMMANDS[command][0])
             return module.main(arguments)
+    except Interrupted as error:
+        if error.at_once:
+            leave_at_once(128 + error.signum)
+        print(f"stopped by {error} before training began: go on with the same command", file=sys.stderr)
+        return 75
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
@@ -89,6 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without waiting for its threads, one of which may be writing a checkpoint, and its workers."""
+    import multiprocessing
+
+    print("stopped at once by a second SIGINT: the last checkpoint stands", file=sys.stderr)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def quiet_libraries() -> None:

@@ -6,6 +6,7 @@ import torch
 
 from t6_lightning.cli.configuration import T6CLI, build
 from t6_lightning.distributed import ranks
+from t6_lightning.distributed.signals import signals
 from t6_lightning.runs import report
 from t6_lightning.runs.fit import RunConfig, check_weights_file, fit, plan_of
 from t6_lightning.runs.plan import measure_matrix_rate
@@ -13,7 +14,8 @@ from t6_lightning.runs.plan import measure_matrix_rate
 
 def main(arguments: list[str]) -> int:
     """Train, from the beginning or from a checkpoint, or say with `--dry_run` what that would cost."""
-    cli = build(arguments)
+    with signals.raised_where_alone():
+        cli = build(arguments)
     plan = None if cli.counts_epochs else plan_of(cli.model, cli.datamodule, cli.trainer)
     if cli.config.init_from:
         check_weights_file(cli.config.init_from)

@@ -91,12 +91,14 @@ def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Traine
 
 def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
     def prepared() -> _Start | SourceUnavailable | None:
-        with suppress(Interrupted):  # it is noted: all ranks hear of it next
-            try:
-                return _prepare(config, module, data, trainer, run)
-            except SourceUnavailable as error:
-                return error
-        return None
+        try:
+            return _prepare(config, module, data, trainer, run)
+        except SourceUnavailable as error:
+            return error
+        except Interrupted as error:
+            if error.at_once:
+                raise
+            return None  # it is noted: all ranks hear of it next
 
     _ = run.name  # chosen on rank 0, and told to the others
     # What can be wrong shows here, on rank 0 and before the run exists anywhere.
@@ -360,6 +362,8 @@ def _train(
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
+        if error.at_once:
+            raise
         code = _after_signal(config, run, error)
     except CutOff as error:
         status, mlflow_status, code = "interrupted", "KILLED", 75

@@ -88,7 +88,7 @@ class RunFolder:
         return bool(in_order(self.checkpoints))
 
     @property
-    def has_begun(self) -> bool:
+    def exists(self) -> bool:
         """Whether it was trained before, if only up to its first step."""
         return self.config_file.exists() or self.has_saved
 
@@ -210,7 +210,7 @@ def newest_run() -> RunFolder:
     """
     folders = (t6_home() / "runs").glob("*/")
     runs = [RunFolder(folder.name) for folder in folders if _is_name(folder.name)]
-    started = [(run.started, run.name) for run in runs if run.has_begun]
+    started = [(run.started, run.name) for run in runs if run.exists]
     if not started:
         raise BadInput(f"--ckpt_path='last' is not possible: there is no run in {t6_home() / 'runs'}")
     return RunFolder(max(started)[1])

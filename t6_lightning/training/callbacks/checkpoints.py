@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from t6_lightning.checkpoint.files import step_of
 from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 from t6_lightning.common.errors import BadInput, require
 from t6_lightning.distributed import ranks
-from t6_lightning.distributed.signals import ASKS_TO_STOP, Interrupted, signals
+from t6_lightning.distributed.signals import Interrupted, signals
 from t6_lightning.training.callbacks.cadence import stepped, validation_follows
 
 WRITING_FAILED = 1000
@@ -33,7 +32,8 @@ class CutOff(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint every so many tokens, after the last step, and on SIGTERM, SIGINT or SIGUSR1.
+    """Writes a checkpoint every so many tokens, after the last step, and on SIGINT, SIGTERM, SIGHUP or
+    SIGUSR1.
 
     Files are `step-00000100.ckpt` beside their checksum. With the plugin `VerifiedCheckpointIO` they are written
     while training goes on and are whole or not there. A signal ends training after the present step with
@@ -118,12 +118,11 @@ class Checkpoints(Checkpoint):
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, signals.note) for signum in ASKS_TO_STOP}
+            self._handlers = signals.handle()
 
     def _let_go_of_signals(self) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        if self._handlers.get(signal.SIGTERM) not in (None, signals.note):
+        signals.restore(self._handlers)
+        if self._handlers and signals.note not in self._handlers.values():
             signals.noted = 0  # of this training; nobody else asks
         self._handlers = {}
 
@@ -215,7 +214,7 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._let_go_of_signals()  # teardown comes after what ended well alone
-        if self._io is not None:
+        if self._io is not None and not (isinstance(exception, Interrupted) and exception.at_once):
             self._io.wait()
 
     def last_regular(self, before: int) -> Path | None:
