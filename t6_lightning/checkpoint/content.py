@@ -6,6 +6,7 @@ endless, of any size, or another model's.
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 
 import torch
 
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import RAW_BYTES, Tokenizer
 from t6_lightning.checkpoint.shards import Pieces
 from t6_lightning.common.errors import BadInput, first_line
 from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 
-MOST_VALUES = 1_000_000
+MOST_VALUES = 300_000
 """Containers and plain values in a checkpoint; one of 100 layers has about 10,000."""
 DEEPEST = 50
 """Containers in containers; Lightning's own have about 8."""
@@ -100,6 +101,8 @@ def form_damage(state: Any) -> str | None:
             return f"its {name} is of type {type(state[name]).__name__}, and must be {kind.__name__}"
     if not isinstance(state["hyper_parameters"].get("net"), dict):
         return "it lacks the model's configuration"
+    if not isinstance(state["hyper_parameters"].get("confine_to_documents", False), bool):
+        return "its confine_to_documents is neither true nor false"
     for name, value in state["state_dict"].items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | Pieces)):
             return f"its weight {str(name)[:80]!r} is not a tensor"
@@ -159,32 +162,37 @@ def check_weights(weights: Mapping[str, Any], config: T6Config, named: str) -> N
 
 
 def check_optimizer(state: Mapping[str, Any], named: str) -> None:
-    """Compare AdamW's moments with the weights, and the types of its settings with what they must be.
+    """Compare AdamW's states with the weights; those of other optimizers are left to them.
 
     Raises:
-        BadInput: other shapes than those of the weights, or no states of an optimizer.
+        BadInput: states of some parameters only, other shapes than those of the weights, or none of an optimizer.
     """
+    damaged = f"{named}: the states of its optimizer are damaged"
     try:
+        shapes = [tuple(value.shape) for value in state["state_dict"].values()]
         for one in state["optimizer_states"]:
-            for group in one["param_groups"]:
-                for name in ("lr", "weight_decay", "eps"):
-                    if not isinstance(value := group.get(name, 0.0), int | float | torch.Tensor):
-                        raise BadInput(
-                            f"{named}: its optimizer's {name} is {str(value)[:80]!r}, and no number"
-                        )
-            left = [tuple(value.shape) for value in state["state_dict"].values()]
-            for values in one["state"].values():
-                moments = {tuple(values[name].shape) for name in ("exp_avg", "exp_avg_sq") if name in values}
-                if len(moments) > 1 or (moments and not moments <= set(left)):
-                    raise BadInput(f"{named}: its optimizer's moments are not of the weights' shapes")
-                if moments:
-                    left.remove(moments.pop())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{named} holds no states of an optimizer: {first_line(error)}") from error
+            states, groups = one["state"], one["param_groups"]
+            if not any("exp_avg" in values for values in states.values()):
+                continue
+            parameters = [index for group in groups for index in group["params"]]
+            if sorted(parameters) != sorted(states):
+                raise BadInput(f"{damaged}: they are not of its {len(parameters)} parameters")
+            for index, values in states.items():
+                of_moments = {tuple(values[name].shape) for name in ("exp_avg", "exp_avg_sq")}
+                if len(of_moments) > 1 or not of_moments <= set(shapes):
+                    raise BadInput(f"{damaged}: the moments of parameter {index} have the shape of no weight")
+                shapes.remove(of_moments.pop())
+                if not float(values["step"]) >= 0:
+                    raise BadInput(f"{damaged}: parameter {index} has taken {values['step']} steps")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{damaged}: {first_line(error)}") from error
 
 
 def other_form(saved: Any, present: Any, named: str) -> str | None:
-    """Where a saved state differs in its types from the present one of the same object; None where it does not.
+    """Where a saved state differs in its types from the present one of the same object, or a number (they are counts
+    and settings) is below 0 or NaN; None where neither is so.
 
     Names that only one of them has are passed over: versions differ in them.
     """
@@ -197,9 +205,13 @@ def other_form(saved: Any, present: Any, named: str) -> str | None:
             other_form(saved[name], present[name], f"{named}.{name}") for name in present if name in saved
         )
         return next(filter(None, inside), None)
-    for kinds in ((int, float), (str,), (list, tuple), (torch.Tensor,)):
+    for kinds in ((bool,), (int, float), (str,), (list, tuple), (torch.Tensor,)):
         if isinstance(present, kinds) and not isinstance(saved, kinds):
             return f"{named} is of type {type(saved).__name__}, and must be {type(present).__name__}"
+        if isinstance(present, kinds):
+            break
+    if isinstance(saved, int | float) and not saved >= 0:
+        return f"{named} is {saved}, and must be 0 or above"
     return None
 
 
@@ -208,6 +220,10 @@ def tokenizer_of(state: Mapping[str, Any], config: T6Config, named: str) -> Toke
     if "tokenizer" not in state:
         raise BadInput(f"{named} holds no tokenizer, and text cannot be read without it")
     try:
+        for symbol in _symbols(state["tokenizer"]):
+            # A list of all of them is made: a single large one would take the memory.
+            if type(symbol) is not int or not 0 <= symbol < config.vocab_size:
+                raise BadInput(f"its symbol {str(symbol)[:80]!r} has no row in the model")
         tokenizer = Tokenizer.from_json(state["tokenizer"])
     except Exception as error:  # of json and of tokenizers' Rust, which raises plain Exceptions
         raise BadInput(f"{named}: its tokenizer cannot be read: {first_line(error)}") from error
@@ -217,3 +233,15 @@ def tokenizer_of(state: Mapping[str, Any], config: T6Config, named: str) -> Toke
             f"{config.vocab_size:,}"
         )
     return tokenizer
+
+
+def _symbols(tokenizer: str) -> list[Any]:
+    """Every id that a tokenizer's JSON names."""
+    given = json.loads(tokenizer)
+    symbols = [] if given["eot"] is None else [given["eot"]]
+    if given["definition"] != RAW_BYTES:
+        spec = json.loads(given["definition"])
+        symbols += [token["id"] for token in spec["added_tokens"]]
+        vocabulary = spec["model"].get("vocab")
+        symbols += vocabulary.values() if isinstance(vocabulary, dict) else []
+    return symbols

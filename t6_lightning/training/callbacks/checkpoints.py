@@ -65,6 +65,8 @@ class Checkpoints(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._ended = False
         self._interruption: Interrupted | None = None
+        self._resumed_step: int | None = None
+        """Of the checkpoint that was read; None when it has been compared."""
 
     def state_dict(self) -> dict[str, Any]:
         """Whether training ended with this checkpoint's step."""
@@ -104,6 +106,20 @@ class Checkpoints(Checkpoint):
             present[type(data).__qualname__] = data.state_dict()
         if reason := content.other_form(checkpoint, present, "it"):
             raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
+        self._resumed_step = checkpoint["global_step"]
+
+    def _check_resumed(self, trainer: pl.Trainer) -> None:
+        """Refuse what only its owners can tell, after they took it over. Raises BadInput."""
+        saved, self._resumed_step = self._resumed_step, None
+        if saved is None:
+            return
+        counted = trainer.global_step
+        reason = None if counted == saved else f"it is of step {saved}, and its loops have counted {counted}"
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                reason = reason or content.other_form(group, optimizer.defaults, "its optimizer")
+        if reason:
+            raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
@@ -112,6 +128,7 @@ class Checkpoints(Checkpoint):
         data = _streamed_data(trainer)
         if data is not None:
             data.hold_when_cut_off(lambda: signals.noted != 0)
+        self._check_resumed(trainer)
         self._take_signals()
         if signum := ranks.signalled():
             raise Interrupted(signum)
