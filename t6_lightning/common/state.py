@@ -36,18 +36,19 @@ class DamagedState(BadInput):
         self.file, self.reason = file, reason
 
 
-def read_bounded(file: Path, remedy: str = "") -> str:
-    """The text of a small file.
+def read_bounded(file: Path, remedy: str = "", largest: int | None = None) -> str:
+    """The text of a small file, of at most `largest` bytes (default `LARGEST`).
 
     Raises:
-        DamagedState: it is no regular file, larger than `LARGEST`, or no UTF-8.
+        DamagedState: it is no regular file, too large, or no UTF-8.
         OSError: the system does not let it be read; FileNotFoundError where there is none.
     """
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would never end
         raise DamagedState(file, "not a file", remedy)
-    if status.st_size > LARGEST:
-        reason = f"damaged ({status.st_size:,} bytes; allowed: at most {LARGEST:,})"
+    largest = LARGEST if largest is None else largest
+    if status.st_size > largest:
+        reason = f"damaged ({status.st_size:,} bytes; allowed: at most {largest:,})"
         raise DamagedState(file, reason, remedy)
     try:
         return file.read_bytes().decode("utf-8")
@@ -114,14 +115,14 @@ def write_text(file: Path, text: str) -> None:
     write_atomically(file, f"{SUM_LINE}{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
 
 
-def read_text(file: Path, remedy: str = "") -> str:
+def read_text(file: Path, remedy: str = "", largest: int | None = None) -> str:
     """The lines that `write_text` wrote, or all of a file of an earlier version, which has no checksum.
 
     Raises:
         DamagedState: it is damaged or empty.
         OSError: see `read_bounded`.
     """
-    written, lines = _split(read_bounded(file, remedy))
+    written, lines = _split(read_bounded(file, remedy, largest))
     if written not in (None, hashlib.sha256(lines.encode()).hexdigest()):
         reason = "damaged, or was changed by hand (its checksum differs from the one written with it)"
         raise DamagedState(file, reason, remedy)

@@ -101,19 +101,14 @@ class RunFolder:
         """
         remedy = "give --config with what the run was started with, and --ckpt_path last to go on"
         try:
-            text = state.read_text(self.config_file, remedy)
+            text = state.read_text(self.config_file, remedy, LARGEST_CONFIG)
         except FileNotFoundError:
             if not self.has_saved:
                 return None
             raise DamagedState(self.config_file, "missing beside the run's checkpoints", remedy) from None
         try:
-            # What is written has no aliases, and those of others can grow without bound.
-            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-                raise DamagedState(self.config_file, "damaged (it holds a YAML alias)", remedy)
-            settings = yaml.safe_load(text)
+            settings = _read_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            if isinstance(error, DamagedState):
-                raise
             reason = f"damaged (no YAML: {first_line(error)})"
             raise DamagedState(self.config_file, reason, remedy) from error
         if not isinstance(settings, dict):
@@ -200,6 +195,24 @@ def new_run_name(prefix: str) -> str:
     """A name that sorts by time and collides with no other."""
     prefix = re.sub(r"[^\w.+-]+", "-", prefix)
     return f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LARGEST_CONFIG = 2**20
+"""Bytes of a configuration; the presets' have about 3,000."""
+DEEPEST = 50
+"""Mappings and lists in each other in a configuration."""
+
+
+def _read_yaml(text: str) -> Any:
+    """Plain values of what `yaml.safe_dump` wrote: nothing that grows without bound in reading."""
+    depth = 0
+    for token in yaml.scan(text, LOADER):
+        name = type(token).__name__
+        depth += name.endswith("StartToken") - name.endswith("EndToken")
+        if depth > DEEPEST or isinstance(token, yaml.AliasToken):
+            raise ValueError("it is nested too deep, or refers to itself")
+    return yaml.load(text, LOADER)
 
 
 def newest_run() -> RunFolder:
