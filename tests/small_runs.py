@@ -22,10 +22,10 @@ class Small(NamedTuple):
     checkpoint: Path
 
 
-def write_text(file: Path) -> Path:
-    """About 20 kB of text in 400 documents."""
-    lines = (f"Line {i} says that {i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400))
-    file.write_text("".join(lines))
+def write_text(file: Path, lines: int = 400) -> Path:
+    """`lines` documents of about 37 bytes each."""
+    written = (f"Line {i} says that {i} times {i % 7} is {i * (i % 7)}.\n" for i in range(lines))
+    file.write_text("".join(written))
     return file
 
 

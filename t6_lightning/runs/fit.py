@@ -119,8 +119,17 @@ def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Train
             held.enter_context(run.locked())
 
         ranks.first(hold)
-        ranks.first(lambda: _open(config, module, data, trainer, run, start))
-        return _train(config, module, data, trainer, run, start)
+        try:
+            ranks.first(lambda: _open(config, module, data, trainer, run, start))
+            return _train(config, module, data, trainer, run, start)
+        except OSError as error:
+            if (sentence := disk_sentence(error)) is None:
+                raise
+            last = run.last_checkpoint()
+            stands = f"{last.name} stands" if last else "there is no checkpoint yet"
+            command = _resume_command(config, run)
+            print(f"error: {sentence}; {stands}: make room and go on with {command}", file=sys.stderr)
+            return 1
 
 
 # --- before training ---
@@ -374,14 +383,6 @@ def _train(
             _explain_divergence(config, run, error)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        sentence = disk_sentence(error)
-        if sentence is None:
-            raise
-        last = run.last_checkpoint()
-        stands = f"{last.name} stands" if last else "there is no checkpoint yet"
-        command = _resume_command(config, run)
-        print(f"error: {sentence}; {stands}: make room and go on with {command}", file=sys.stderr)
     except SourceUnavailable:
         status, mlflow_status = "interrupted", "KILLED"  # the same command goes on once the hub answers
         raise
