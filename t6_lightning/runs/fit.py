@@ -154,7 +154,7 @@ def _prepare(
             )
         saved = state.get("callbacks", {}).get(Checkpoints.__qualname__, {})
         # Version 0.1.0 did not say whether training had ended; it ended by steps alone.
-        ended = step == trainer.max_steps or (bool(saved.get("ended")) and not changes)
+        ended = step == trainer.max_steps or (saved.get("ended") is True and not changes)
         is_reported = run.record.get("status") == "finished" and ended
         if is_reported and (summary := report.read_summary(run)):  # without one it is reported again
             console.print(f"run {run.name} is finished already")

@@ -80,6 +80,7 @@ class Damage:
             ):  # a fallback to the checkpoint before is said, and gives its result
                 for file in self.run.checkpoints.glob("step-00000006*"):
                     file.unlink()
+                Path("one.ckpt").unlink(missing_ok=True)
                 self.expected[name].add(self.result(name, self.call(name)))
 
     def restore(self, command: str) -> None:
@@ -98,6 +99,8 @@ class Damage:
         if outcome.code != 0:
             return f"exit {outcome.code} {outcome.err}{outcome.crash}"
         if command.startswith(("resume", "finished")):
+            if not (self.run.checkpoints / self.copied.checkpoint.name).exists():
+                return "it was not trained to its end"
             state = small_runs.state(self.run.checkpoints / self.copied.checkpoint.name)
             weights = [value.tolist() for value in state["state_dict"].values()]
             return json.dumps([small_runs.summary(self.run), weights, state["global_step"]])
@@ -180,6 +183,8 @@ def meet_unusable(copied: Small, n: int, seed: int, run_command: Callable[..., O
         if outcome.code != 0:
             return outcome
         if command == "resume":
+            if not (run.checkpoints / copied.checkpoint.name).exists():
+                return "it was not trained to its end"
             return str(small_runs.state(run.checkpoints / copied.checkpoint.name)["state_dict"])
         return [line for line in outcome.out.splitlines() if ".ckpt" not in line]
 
