@@ -479,6 +479,8 @@ def _end_with_parent(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     parent = os.getppid()
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

@@ -1,6 +1,5 @@
 """python -m mlflow_server [start] [--backend URL] [--artifacts URL] [--host H] [--port P], and status."""
 
-import json
 import os
 import sys
 
@@ -16,6 +15,7 @@ from t6_lightning.common.arguments import Parser
 from t6_lightning.common.errors import BadInput
 from t6_lightning.common.home import t6_home
 from t6_lightning.common.secrets import hide_password
+from t6_lightning.common.state import DamagedState, read_state
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,8 +62,8 @@ def status(host: str | None, port: int | None) -> int:
 
 def _read_record() -> dict[str, str]:
     try:
-        return json.loads(record_file(t6_home()).read_text())
-    except (OSError, ValueError):
+        return read_state(record_file(t6_home()), {"address": str, "backend": str})
+    except (OSError, DamagedState):
         return {}
 
 

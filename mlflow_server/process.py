@@ -1,7 +1,6 @@
 """Run MLflow's server as a process group: start it, wait until it answers, stop all of it."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,8 @@ import urllib.request
 from pathlib import Path
 
 from mlflow_server.settings import ServerSettings
-from t6_lightning.common.files import write_atomically
 from t6_lightning.common.secrets import hide_password, without_secrets
+from t6_lightning.common.state import write_state
 
 START_SECONDS = 180  # a first start on a slow disk takes half a minute; a hanging one must not last for ever
 STOP_SECONDS = 10
@@ -49,9 +48,7 @@ def serve(settings: ServerSettings) -> int:
                 return 0
             _explain_failure(server, settings, log)
             return 1
-        write_atomically(
-            record, json.dumps({"address": settings.address, "backend": hide_password(settings.backend)})
-        )
+        write_state(record, {"address": settings.address, "backend": hide_password(settings.backend)})
         _announce(settings, log)
         while server.poll() is None and not stop.wait(0.2):
             pass

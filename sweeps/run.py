@@ -16,6 +16,7 @@ from sweeps.report import markdown
 from sweeps.study import OBJECTIVE
 from sweeps.trials import INTERRUPTED, Signals, last_words, locked, run_trial
 from t6_lightning.common.files import write_atomically
+from t6_lightning.common.state import DamagedState, read_state
 from t6_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def _result(run_folder: RunFolder, code: int, log: Path) -> tuple[dict[str, Any]
     """The summary of a run that finished, or an empty one and the reason."""
     if code:
         return {}, f"exit code {code}: {last_words(log)}"
-    summary = json.loads(run_folder.summary_file.read_text())
+    try:
+        summary = read_state(run_folder.summary_file, optional={OBJECTIVE: (int, float)})
+    except (OSError, DamagedState) as error:
+        return {}, str(error)
     if not math.isfinite(summary.get(OBJECTIVE, math.nan)):
         return {}, f"it ended without a finite {OBJECTIVE}"
     return summary, ""

@@ -26,13 +26,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Signals:
-    """SIGINT and SIGTERM while a sweep runs: remembered, and passed on to the trial that is running."""
+    """SIGINT, SIGTERM and SIGHUP while a sweep runs: remembered, and passed on to the trial that is running."""
 
     def __init__(self) -> None:
         self.received = 0
         self.trial: subprocess.Popen[bytes] | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._receive)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+                signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum

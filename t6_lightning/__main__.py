@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from typing import NoReturn
 
-from t6_lightning.common.errors import BadInput, SourceUnavailable, shown
-from t6_lightning.distributed.signals import signals
+from t6_lightning.common.errors import BadInput, CheckpointError, SourceUnavailable, disk_sentence, shown
+from t6_lightning.distributed.signals import Interrupted, signals
 
 # Each command's module has main(arguments) -> exit code; it is imported only when called.
 COMMANDS = {
@@ -40,8 +42,6 @@ COMMANDS = {
     "import": ("t6_lightning.cli.import_", "read a checkpoint of the paper's public code"),
 }
 
-# What is wrong with the disk rather than with the program.
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 # What is wrong with a path that was given.
 NO_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
@@ -84,7 +84,14 @@ def _main(arguments: list[str]) -> int:
     quiet_libraries()
     try:
         with signals.taken() if command == "fit" else nullcontext():
-            return importlib.import_module(COMMANDS[command][0]).main(arguments)
+            with signals.raised_where_alone() if command == "fit" else nullcontext():
+                module = importlib.import_module(COMMANDS[command][0])
+            return module.main(arguments)
+    except Interrupted as error:
+        if error.at_once:
+            leave_at_once(128 + error.signum)
+        print(f"stopped by {error} before training began: go on with the same command", file=sys.stderr)
+        return 75
     except SourceUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
@@ -96,16 +103,35 @@ def _main(arguments: list[str]) -> int:
         if ranks.connected() or ranks.is_first():
             print(f"error: {with_option(str(error), arguments)}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.errno not in (*NO_PLACE, *NO_PATH) or error.filename is None:
+        sentence = disk_sentence(error)
+        if sentence is None and error.errno in NO_PATH and error.filename is not None:
+            print(f"error: {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
+        if sentence is None:
             raise
-        print(f"error: {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2 if error.errno in NO_PATH else 1
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without waiting for its threads, one of which may be writing a checkpoint, and its workers."""
+    import multiprocessing
+
+    print("stopped at once by a second SIGINT: the last checkpoint stands", file=sys.stderr)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def quiet_libraries() -> None:

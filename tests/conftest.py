@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from commands import fit
+
+if TYPE_CHECKING:  # it imports torch, which reads what is set here
+    from small_runs import Small
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Two pytest workers on two cores: threads of their own would only fight each other.
@@ -43,6 +47,26 @@ def trained(shared_home: Path) -> Path:
         checkpoint = RunFolder("trained").last_checkpoint()
     assert checkpoint is not None
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A finished run of `small_runs` in a T6_HOME of its own; for reading only."""
+    import small_runs
+    from fuzzing import call
+
+    from t6_lightning.runs.folder import RunFolder
+
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("T6_HOME", str(folder / "home"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        text = small_runs.write_text(folder / "text.txt")
+        done = call("fit", *small_runs.arguments(text), "--run", "good", seconds=200)
+        assert done.code == 0, done
+        checkpoint = RunFolder("good").last_checkpoint()
+        assert checkpoint is not None
+    return small_runs.Small(folder / "home", text, checkpoint)
 
 
 # Files are dealt to workers whole, in this order: what takes minutes starts first, and none is left for the end.

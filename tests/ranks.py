@@ -72,8 +72,7 @@ def start(
     have told them, else what torchrun would.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t6_lightning.cli.configuration", "mlflow.tracking", "matplotlib.pyplot"])
+    context = _context()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "T6_HOME": os.environ["T6_HOME"]}
     shared |= {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
     processes = []
@@ -86,6 +85,20 @@ def start(
         process.start()
         processes.append(process)
     return processes
+
+
+def start_alone(said: Path, *arguments: str | Path) -> multiprocessing.process.BaseProcess:
+    """Start a command as a user does: one process, which no launcher tells anything. What it says goes to a file."""
+    own = {"T6_HOME": os.environ["T6_HOME"]}
+    process = _context().Process(target=_rank, args=([str(a) for a in arguments], own, str(said), None))
+    process.start()
+    return process
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["t6_lightning.cli.configuration", "mlflow.tracking", "matplotlib.pyplot"])
+    return context
 
 
 def finish(processes: list[multiprocessing.process.BaseProcess]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -13,16 +14,14 @@ from typing import IO, Any
 
 import torch
 
+from t6_lightning.checkpoint import content
 from t6_lightning.checkpoint import shards as checkpoint_shards
-from t6_lightning.common.errors import BadInput, first_line
+from t6_lightning.common.errors import BadInput, CheckpointError, first_line
 from t6_lightning.common.files import replacing, sync, write_atomically
+from t6_lightning.common.state import DamagedState, read_bounded
 from t6_lightning.distributed import ranks
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; older ones are untouched."""
 
 
 def _checksum_file(checkpoint: Path) -> Path:
@@ -159,11 +158,13 @@ def is_whole(checkpoint: Path) -> bool:
             return bool(files) and all(readers.map(is_whole, files))
     try:
         status = checkpoint.stat()
+        if not checkpoint.is_file():
+            return False
         seen = (str(checkpoint.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)
         if seen in _verified:
             return True
-        whole = _checksum_file(checkpoint).read_text().split()[0] == _sha256(checkpoint)
-    except (OSError, IndexError):
+        whole = read_bounded(_checksum_file(checkpoint)).split()[:1] == [_sha256(checkpoint)]
+    except (OSError, DamagedState):
         return False
     if whole:
         _verified.add(seen)
@@ -177,9 +178,15 @@ def _damage(checkpoint: Path) -> str:
     return "its checksum differs from the one written with it"
 
 
+NAME = re.compile(r"step-(\d{8,18})\.ckpt")
+"""Of a checkpoint. Whatever else is in their folder is not ours."""
+BESIDE = re.compile(r"\.?step-\d{8,18}\.ckpt(\.sha256)?(\.\d+-\d+|\.partial)?")
+"""Of a checkpoint, its checksum, or what a killed process left of writing either."""
+
+
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*.ckpt"))
+    return sorted((file for file in folder.glob("step-*.ckpt") if NAME.fullmatch(file.name)), key=step_of)
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -203,11 +210,11 @@ def newest_verified(folder: Path, fits: Callable[[Path], bool] = lambda file: Tr
 
 def prune(folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
     """Remove all but the newest `keep` checkpoints and those in `also`, and what a killed process left
-    half-written or half-removed."""
+    half-written or half-removed. Other files stay."""
     kept = {*in_order(folder)[-keep:], *also}
     names = {file.name for checkpoint in kept for file in (checkpoint, _checksum_file(checkpoint))}
     for file in folder.iterdir():
-        if file.name.lstrip(".").startswith("step-") and file.name not in names:
+        if BESIDE.fullmatch(file.name) and file.name not in names:
             if file.is_dir():
                 shutil.rmtree(file, ignore_errors=True)
             else:
@@ -227,16 +234,35 @@ def read(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
     is_folder = checkpoint.is_dir()
     if is_folder and not checkpoint_shards.files_of(checkpoint):
         raise BadInput(f"{checkpoint} is a folder, and no checkpoint: name one of its checkpoints")
-    if (is_folder or _checksum_file(checkpoint).exists()) and not is_whole(checkpoint):
-        raise BadInput(f"checkpoint {checkpoint} is damaged: {_damage(checkpoint)}")
-    if not is_folder and not zipfile.is_zipfile(checkpoint):
+    if not is_folder and not (checkpoint.is_file() and zipfile.is_zipfile(checkpoint)):
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: it is no file that torch.save wrote")
+    has_sum = is_folder or _checksum_file(checkpoint).exists()
+    if has_sum and not is_whole(checkpoint):
+        raise BadInput(f"checkpoint {checkpoint} is damaged: {_damage(checkpoint)}")
+    for file in checkpoint_shards.files_of(checkpoint) if is_folder else [checkpoint]:
+        if damage := content.archive_damage(file, contents=not has_sum):
+            raise BadInput(f"checkpoint {file} is damaged: {damage}")
     try:
         if is_folder:
-            return checkpoint_shards.load(checkpoint, whole)
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            state = checkpoint_shards.load(checkpoint)
+        else:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, pickle and torch errors all mean the same to the user
+        raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {_reason(error)}") from error
+    if damage := content.value_damage(state):
+        raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {damage}")
+    try:
+        return checkpoint_shards.put_together(state) if is_folder and whole else state
+    except RuntimeError as error:  # pieces of different widths
         raise BadInput(f"{checkpoint} cannot be read as a checkpoint: {first_line(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, which for code in a pickle is a page on how to run it all the same."""
+    unsupported = re.search(r"Unsupported (?:global|operand|class)[^\n]*", str(error))
+    if "weights_only" in str(error) or unsupported:
+        return f"it holds more than plain data ({unsupported[0][:120] if unsupported else 'code'})"
+    return first_line(error)[:200]
 
 
 def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
@@ -246,14 +272,8 @@ def load(checkpoint: Path, whole: bool = True) -> dict[str, Any]:
         BadInput: it is damaged, or no checkpoint of this program.
     """
     state = read(checkpoint, whole)
-    if (
-        not isinstance(state, dict)
-        or "state_dict" not in state
-        or "net" not in state.get("hyper_parameters", {})
-    ):
-        raise BadInput(
-            f"{checkpoint} is not a checkpoint of t6_lightning: it lacks the model's configuration"
-        )
+    if damage := content.form_damage(state):
+        raise BadInput(f"{checkpoint} is not a checkpoint of t6_lightning: {damage}")
     if not state["state_dict"]:
         raise BadInput(f"{checkpoint} holds no weights: it is one file of a checkpoint; name their folder")
     return state

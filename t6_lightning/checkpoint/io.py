@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,27 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from t6_lightning.checkpoint import files
+from t6_lightning.common.errors import BadInput, first_line
 from t6_lightning.distributed import ranks
+
+
+@contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """For a Trainer's calls with a checkpoint: what fails while its values are given to their owners is its fault.
+
+    Raises:
+        BadInput: naming the checkpoint.
+    """
+    try:
+        yield
+    except (BadInput, OSError):
+        raise
+    except Exception as error:
+        if not any("restore" in frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise BadInput(
+            f"checkpoint {checkpoint} cannot be gone on from: {first_line(error)[:200]}"
+        ) from error
 
 
 class Snapshot:

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from datamodules.tokenizer import Tokenizer
-from t6_lightning.checkpoint import files
+from t6_lightning.checkpoint import content, files
 from t6_lightning.common.errors import BadInput
-from t6_lightning.model.config import T6Config
 from t6_lightning.model.t6 import T6
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -54,22 +53,17 @@ def load_trained(checkpoint: Path, device: str | None = None) -> Trained:
     """The model of a checkpoint, on the GPU where there is one.
 
     Raises:
-        BadInput: no such checkpoint, or a damaged one.
+        BadInput: no such checkpoint, a damaged one, or one whose parts do not fit each other.
     """
     state = files.load(checkpoint)
-    model = T6(T6Config.from_dict(state["hyper_parameters"]["net"]))
-    prefix = "net."
-    model.load_state_dict(
-        {
-            name.removeprefix(prefix): value
-            for name, value in state["state_dict"].items()
-            if name.startswith(prefix)
-        }
-    )
+    named = f"checkpoint {checkpoint}"
+    config = content.config_of(state, named)
+    content.check_weights(state["state_dict"], config, named)
+    tokenizer = content.tokenizer_of(state, config, named)
+    model = T6(config)
+    model.load_state_dict({name.removeprefix("net."): value for name, value in state["state_dict"].items()})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     confined = bool(state["hyper_parameters"].get("confine_to_documents", False))
-    saved = state["tokenizer"]
-    tokenizer = None if saved is None else Tokenizer.from_json(saved)
     dtype = DTYPES.get(str(state.get("precision")).partition("-")[0], torch.float32)
     return Trained(checkpoint, model.to(device).eval(), tokenizer, confined, dtype)
 

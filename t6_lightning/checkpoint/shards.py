@@ -11,6 +11,7 @@ torch.distributed.checkpoint: its metadata is a pickle, and checkpoints here are
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ def shard_file(folder: Path, rank: int, world: int) -> Path:
     return folder / f"shard-{rank:05d}-of-{world:05d}.pt"
 
 
+SHARD = re.compile(r"shard-\d{5}-of-(\d{5})\.pt")
+
+
 def files_of(folder: Path) -> list[Path]:
     """All files that a whole checkpoint has: the count is in the shards' names; none when there are no shards."""
-    shards = sorted(folder.glob("shard-*-of-*.pt"))
-    if not shards:
+    counts = [int(found[1]) for file in folder.glob("shard-*.pt") if (found := SHARD.fullmatch(file.name))]
+    if not counts:
         return []
-    world = int(shards[0].stem.rpartition("-")[2])
+    world = max(counts)
     return [folder / REST, *(shard_file(folder, rank, world) for rank in range(world))]
 
 
@@ -92,8 +96,8 @@ def join(rest: dict[str, Any], spread: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def load(folder: Path, whole: bool) -> dict[str, Any]:
-    """Read a folder: tensors put together on the CPU, or as `Pieces` that read what is asked of them."""
+def load(folder: Path) -> dict[str, Any]:
+    """Read a folder; spread tensors are `Pieces` that read what is asked of them."""
 
     def read(file: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -101,4 +105,13 @@ def load(folder: Path, whole: bool) -> dict[str, Any]:
     rest_file, *shard_files = files_of(folder)
     shards = [read(file) for file in shard_files]
     pieces = {name: Pieces([shard[name] for shard in shards]) for name in shards[0]}
-    return join(read(rest_file), {name: p.whole() for name, p in pieces.items()} if whole else pieces)
+    return join(read(rest_file), pieces)
+
+
+def put_together(state: Any) -> Any:
+    """A state of `load` with whole tensors on the CPU in place of `Pieces`."""
+    if isinstance(state, Pieces):
+        return state.whole()
+    if isinstance(state, dict):
+        return {name: put_together(value) for name, value in state.items()}
+    return [put_together(value) for value in state] if isinstance(state, list) else state

@@ -34,7 +34,7 @@ from t6_lightning.model.backend import check_backend
 from t6_lightning.presets import RECIPES, config_file, preset_label, preset_names, recipe_table, settings
 from t6_lightning.presets.reading import Unbounded, plain_values
 from t6_lightning.runs.fit import leaves, plan_of
-from t6_lightning.runs.folder import RunFolder, new_run_name, resolve_checkpoint, run_of
+from t6_lightning.runs.folder import RunFolder, new_run_name, run_named_by
 from t6_lightning.runs.plan import Plan
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.cadence import Cadence
@@ -262,7 +262,7 @@ class T6CLI(LightningCLI):
         def choose() -> str:
             if ckpt_path is None:
                 return new_run_name(preset)
-            run = run_of(resolve_checkpoint(ckpt_path, None))
+            run = run_named_by(ckpt_path, None)
             return new_run_name("from-checkpoint") if run is None else run.name
 
         return RunFolder(choose)
@@ -403,8 +403,8 @@ def _check_word(word: str) -> None:
 def _default_config(arguments: list[str]) -> Path:
     ckpt_path = _value_of("--ckpt_path", arguments)
     if ckpt_path is not None:
-        run = run_of(resolve_checkpoint(ckpt_path, _value_of("--run", arguments)))
-        if run is not None:
+        run = run_named_by(ckpt_path, _value_of("--run", arguments))
+        if run is not None and run.settings is not None:  # which checks them
             return run.config_file
     return config_file("quickstart")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from t6_lightning.checkpoint import content
 from t6_lightning.checkpoint import files as checkpoint_files
 from t6_lightning.cli.parser import Parser
 from t6_lightning.common.console import console
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> int:
         not options.output.exists(), "--output", str(options.output), "it exists; nothing is written over"
     )
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run)
-    checkpoint_files.save(checkpoint_files.load(checkpoint), options.output.absolute())
+    state, named = checkpoint_files.load(checkpoint), f"checkpoint {checkpoint}"
+    content.check_weights(state["state_dict"], content.config_of(state, named), named)
+    checkpoint_files.save(state, options.output.absolute())
     console.print(f"{checkpoint} as one file: {options.output}", soft_wrap=True)
     return 0

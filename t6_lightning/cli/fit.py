@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from t6_lightning.cli.configuration import T6CLI, build
 from t6_lightning.cli.dry_run import dry_run
+from t6_lightning.distributed.signals import signals
 from t6_lightning.runs.fit import RunConfig, check_weights_file, fit
 
 
 def main(arguments: list[str]) -> int:
     """Train, from the beginning or from a checkpoint, or say with `--dry_run` what that would cost."""
-    cli = build(arguments)
+    with signals.raised_where_alone():
+        cli = build(arguments)
     if cli.config.init_from:
         check_weights_file(cli.config.init_from)
     if cli.config.dry_run:

@@ -11,6 +11,7 @@ import torch
 from t6_lightning.cli.configuration import T6CLI, build
 from t6_lightning.cli.validate import required_checkpoint
 from t6_lightning.common.console import console
+from t6_lightning.common.files import replacing
 from t6_lightning.distributed import launch, ranks
 from t6_lightning.runs.folder import run_of
 
@@ -29,6 +30,7 @@ def _predict(cli: T6CLI) -> int:
     arrays: dict[str, Any] = {name: torch.cat([b[name] for b in batches]).numpy() for name in batches[0]}
     run = run_of(checkpoint)
     file = (run.path if run else Path.cwd()) / "predictions.npz"
-    np.savez_compressed(file, domains=np.array(cli.datamodule.domains), **arrays)
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, domains=np.array(cli.datamodule.domains), **arrays)
     console.print(f"{arrays['nll'].shape[0]} windows: loss of every token in {file}", soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 
@@ -28,6 +29,10 @@ class WorkerDied(RuntimeError):
     """A loader's worker process was killed or ended by itself. The message is one sentence for the user."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; older ones are untouched."""
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise `BadInput` naming the field, its value and what is allowed, unless the condition holds."""
     if not condition:
@@ -48,6 +53,23 @@ def shown(value: object) -> str:
     if len(text) <= LONGEST_SHOWN:
         return text
     return f"{text[: LONGEST_SHOWN - 40]}…{text[-20:]} ({len(text):,} characters)"
+
+
+NO_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
+"""What is wrong with the disk rather than with the program."""
+
+
+def disk_sentence(error: OSError) -> str | None:
+    """What keeps a file from being read or written, naming it; None for errors of another kind than `NO_PLACE`."""
+    if error.errno not in NO_PLACE:
+        return None
+    reason = (error.strerror or "").lower()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a file'} could not be written ({reason})"
+    return f"{error.filename or 'a file'} cannot be used ({reason})"
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to, and rename it to `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never half of it. After an error the old file is untouched and nothing
-    is left behind. Folders that are missing are made.
+    is left behind. Folders that are missing are made. An OSError of the block that names no file, as that of a full
+    disk, names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
@@ -33,6 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -23,7 +23,7 @@ from t6_lightning.common.console import console
 from t6_lightning.common.errors import BadInput, require, shown
 from t6_lightning.distributed import ranks
 from t6_lightning.distributed.fsdp2 import ShardedStrategy
-from t6_lightning.distributed.signals import signals
+from t6_lightning.distributed.signals import Interrupted, signals
 
 SECONDS_TO_LEAVE = 60
 """How long the first process waits for the others that it started."""
@@ -65,7 +65,8 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
         try:
             return program()
         finally:
-            ranks.disconnect()
+            # Who leaves at once asks no other.
+            ranks.disconnect(patience=0 if isinstance(sys.exception(), Interrupted) else 10)
 
     try:
         code = (
@@ -73,8 +74,9 @@ def on_every_rank(trainer: pl.Trainer, module: pl.LightningModule, program: Call
         )
     except ranks.FirstRankFailed:
         return 0 if is_child else 1
-    except BaseException:
-        _end(getattr(launcher, "procs", []), patience=5)
+    except BaseException as error:
+        at_once = isinstance(error, Interrupted) and error.at_once
+        _end(getattr(launcher, "procs", []), patience=0 if at_once else 5)
         raise
     _end(getattr(launcher, "procs", []), patience=SECONDS_TO_LEAVE)
     return 0 if is_child else code

@@ -12,13 +12,9 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from t6_lightning.common.errors import BadInput
-from t6_lightning.distributed.signals import signals
+from t6_lightning.distributed.signals import RANK_VARIABLES, signals
 
 Result = TypeVar("Result")
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-"""Where torchrun, Lightning's launcher and SLURM say who a process is, before any group exists."""
-
 
 _hosts: distributed.ProcessGroup | None = None
 """Of the processes themselves, beside the group of their GPUs; None where the ranks' only group is that already."""

@@ -16,11 +16,12 @@ import torch
 import yaml
 
 from datamodules.base import TokenData
-from t6_lightning.checkpoint import files, shards
-from t6_lightning.checkpoint.files import CheckpointError
+from t6_lightning.checkpoint import content, files, shards
+from t6_lightning.checkpoint.io import restoring
 from t6_lightning.common.classes import import_class, import_path
 from t6_lightning.common.console import console
-from t6_lightning.common.errors import BadInput, SourceUnavailable, require
+from t6_lightning.common.errors import BadInput, CheckpointError, SourceUnavailable, disk_sentence, require
+from t6_lightning.common.state import DamagedState
 from t6_lightning.distributed import fsdp2, launch, ranks
 from t6_lightning.distributed.signals import Interrupted, signals
 from t6_lightning.model.config import T6Config
@@ -67,13 +68,13 @@ class Start:
     Attributes:
         checkpoint: what it goes on from; None at the beginning.
         ended: only its report is missing.
-        reported: nothing is missing.
+        summary: of a run of which nothing is missing.
         changes: settings that differ from those of the run's folder, as sentences.
     """
 
     checkpoint: Path | None
     ended: bool = False
-    reported: bool = False
+    summary: dict[str, Any] | None = None
     changes: tuple[str, ...] = ()
 
 
@@ -101,12 +102,14 @@ def fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Traine
 
 def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Trainer, run: RunFolder) -> int:
     def prepared() -> Start | SourceUnavailable | None:
-        with suppress(Interrupted):  # it is noted: all ranks hear of it next
-            try:
-                return _prepare(config, module, data, trainer, run)
-            except SourceUnavailable as error:
-                return error
-        return None
+        try:
+            return _prepare(config, module, data, trainer, run)
+        except SourceUnavailable as error:
+            return error
+        except Interrupted as error:
+            if error.at_once:
+                raise
+            return None  # it is noted: all ranks hear of it next
 
     _ = run.name  # chosen on rank 0, and told to the others
     # What can be wrong shows here, on rank 0 and before the run exists anywhere.
@@ -127,8 +130,17 @@ def _fit(config: RunConfig, module: T6Module, data: TokenData, trainer: pl.Train
             held.enter_context(run.locked())
 
         ranks.first(hold)
-        ranks.first(lambda: _open(config, module, data, trainer, run, start))
-        return _train(config, module, data, trainer, run, start)
+        try:
+            ranks.first(lambda: _open(config, module, data, trainer, run, start))
+            return _train(config, module, data, trainer, run, start)
+        except OSError as error:
+            if (sentence := disk_sentence(error)) is None:
+                raise
+            last = run.last_checkpoint()
+            stands = f"{last.name} stands" if last else "there is no checkpoint yet"
+            command = _resume_command(config, run)
+            print(f"error: {sentence}; {stands}: make room and go on with {command}", file=sys.stderr)
+            return 1
 
 
 # --- before training ---
@@ -140,25 +152,27 @@ def find_start(config: RunConfig, module: T6Module, trainer: pl.Trainer, run: Ru
     Raises:
         BadInput: a checkpoint that cannot be gone on from, weights that do not fit, a run of other settings.
     """
-    changes = changed_settings(run, config)
+    changes = _changes(config, run, is_said=False)
     checkpoint = _checkpoint(config, run, changes)
-    ended = reported = False
+    ended, summary = False, None
     if checkpoint is not None:
         state = refuse_other_architecture(module.config, checkpoint)
         if "optimizer_states" not in state:
             raise BadInput(f"--ckpt_path={checkpoint} holds weights only: start from it with --init_from")
-        step = int(state["global_step"])
+        content.check_optimizer(state, f"checkpoint {checkpoint}")
+        step = int(state.get("global_step", 0))
         if -1 < trainer.max_steps < step:
             raise BadInput(
                 f"trainer.max_steps={trainer.max_steps} is not possible: {checkpoint.name} is further already"
             )
         saved = state.get("callbacks", {}).get(Checkpoints.__qualname__, {})
         # Version 0.1.0 did not say whether training had ended; it ended by steps alone.
-        ended = step == trainer.max_steps or (bool(saved.get("ended")) and not changes)
-        reported = run.record.get("status") == "finished" and ended
-    if config.init_from and not reported:
+        ended = step == trainer.max_steps or (saved.get("ended") is True and not changes)
+        is_reported = run.record.get("status") == "finished" and ended
+        summary = report.read_summary(run) if is_reported else None  # without one it is reported again
+    if config.init_from and summary is None:
         _weights(module.config, Path(config.init_from))
-    return Start(checkpoint, ended, reported, tuple(changes))
+    return Start(checkpoint, ended, summary, tuple(changes))
 
 
 def _prepare(
@@ -166,9 +180,9 @@ def _prepare(
 ) -> Start | None:
     """Where the run goes on; None when there is nothing left to do. On rank 0 alone."""
     start = find_start(config, module, trainer, run)
-    if start.reported:
+    if start.summary is not None:
         console.print(f"run {run.name} is finished already")
-        report.print_summary(run, report.read_summary(run))
+        report.print_summary(run, start.summary)
         return None
     if start.checkpoint is not None and config.ckpt_path is not None:
         for change in start.changes:
@@ -209,18 +223,11 @@ def plan_of(module: T6Module, data: TokenData, trainer: pl.Trainer) -> Plan:
 
 def _checkpoint(config: RunConfig, run: RunFolder, changes: list[str]) -> Path | None:
     """The checkpoint to go on from, if there is one."""
-    if config.ckpt_path is not None:
+    if config.ckpt_path not in (None, "last"):
         return resolve_checkpoint(config.ckpt_path, run.name)
-    if not run.exists:
-        return None
-    saved = files.in_order(run.checkpoints)
-    checkpoint = run.last_checkpoint()
-    if saved and checkpoint is None:
-        raise BadInput(
-            f"--run={run.name!r} is not possible: none of that run's {len(saved)} checkpoints is whole; choose another "
-            f"name, or remove {run.path} to train it from the beginning"
-        )
-    if saved and changes:
+    # Both may come before the run's first checkpoint: a job's script is the same for its first start and all others.
+    checkpoint = run.checkpoint_to_go_on_from()
+    if checkpoint is not None and changes and config.ckpt_path is None:
         raise BadInput(
             f"--run={run.name!r} is not possible: that run exists with another configuration "
             f"({'; '.join(changes[:3])}); choose another name, or add --ckpt_path last to go on with the new values"
@@ -228,15 +235,31 @@ def _checkpoint(config: RunConfig, run: RunFolder, changes: list[str]) -> Path |
     return checkpoint
 
 
-def changed_settings(run: RunFolder, config: RunConfig) -> list[str]:
-    """Settings in which the folder's configuration differs from the present one, as sentences."""
-    if not run.exists:
+def _changes(config: RunConfig, run: RunFolder, is_said: bool) -> list[str]:
+    """`changed_settings`; none where they cannot be told and nothing is lost, or the user asks to go on."""
+    try:
+        return changed_settings(run, config)
+    except DamagedState as error:
+        if run.has_saved and config.ckpt_path is None:
+            raise
+        if not is_said:
+            message = "the settings of this command are used, and what the run had before is not known"
+            print(f"{run.config_file} is {error.reason}: {message}", file=sys.stderr)
         return []
-    saved = yaml.safe_load(run.config_file.read_text())
+
+
+def changed_settings(run: RunFolder, config: RunConfig) -> list[str]:
+    """Settings in which the folder's configuration differs from the present one, as sentences.
+
+    Raises:
+        DamagedState: the folder's configuration is damaged, or missing beside checkpoints.
+    """
+    if (written := run.settings) is None:
+        return []
     now = dict(leaves(config.settings))
-    before = dict(leaves(saved))
+    before = dict(leaves(written))
     if before.keys() != now.keys():  # of another version, or with other classes
-        before = dict(leaves(config.as_now(saved)))
+        before = dict(leaves(config.as_now(written)))
     names = [name for name in sorted(before | now) if not name.startswith(NOT_COMPUTED)]
     names = [
         name for name in names if _same_class(name, before.get(name)) != _same_class(name, now.get(name))
@@ -278,17 +301,17 @@ def refuse_other_architecture(net: T6Config, checkpoint: Path, whole: bool = Fal
         BadInput: it is damaged or another model's.
     """
     state = files.load(checkpoint, whole)
+    saved = content.config_of(state, f"checkpoint {checkpoint}")
     shapeless = {"dropout", "context", "rope_base", "attention.init_args.init", "attention.init_args.init_q"}
     differ = {
-        name: values
-        for name, values in net.differences(state["hyper_parameters"]["net"]).items()
-        if name not in shapeless
+        name: values for name, values in net.differences(saved.to_dict()).items() if name not in shapeless
     }
     if differ:
         named = "; ".join(
             f"{name} is {there!r} there and {here!r} here" for name, (there, here) in list(differ.items())[:4]
         )
         raise BadInput(f"checkpoint {checkpoint} is of another architecture: {named}")
+    content.check_weights(state["state_dict"], net, f"checkpoint {checkpoint}")
     return state
 
 
@@ -315,10 +338,10 @@ def _open(
         console.print(f"going on from {start.checkpoint.name}")
     console.print(plan.sentence(), soft_wrap=True)
     tracking = _find(trainer.loggers, MLflowTracking)
-    if start.checkpoint is None and (changes := changed_settings(run, config)):
-        # Nothing is lost with a run that saved nothing. Unless it did so while data was prepared here.
-        if files.in_order(run.checkpoints):
-            raise BadInput(f"--run={run.name!r} is not possible: another process has trained it in between")
+    if start.checkpoint is None and run.has_saved:
+        raise BadInput(f"--run={run.name!r} is not possible: another process has trained it in between")
+    # Nothing is lost with a run that saved nothing.
+    if start.checkpoint is None and (changes := _changes(config, run, is_said=True)):
         said = "ended before its first checkpoint and begins again, with another configuration"
         print(f"run {run.name} {said}: {'; '.join(changes)}", file=sys.stderr)
         if tracking is not None:
@@ -390,6 +413,8 @@ def _train(
         status, mlflow_status, code = "finished", "FINISHED", 0
     except Interrupted as error:
         status, mlflow_status = "interrupted", "KILLED"
+        if error.at_once:
+            raise
         code = _after_signal(config, run, error)
     except CutOff as error:
         status, mlflow_status, code = "interrupted", "KILLED", 75
@@ -420,7 +445,8 @@ def _train(
         return 1
     finally:
         if ranks.is_first():
-            run.update_record(status=status, seconds=_seconds(config, run), began=None)
+            with suppress(OSError):  # of a full disk, which is said already
+                run.update_record(status=status, seconds=_seconds(config, run), began=None)
             if tracking is not None:
                 tracking.close(mlflow_status)
     ranks.barrier()  # a launcher ends the others when one has left
@@ -433,11 +459,13 @@ def _run_trainer(
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
         # Killed between its last checkpoint and its report.
-        trainer.validate(module, data, ckpt_path=start.checkpoint, verbose=False)
+        with restoring(start.checkpoint):
+            trainer.validate(module, data, ckpt_path=start.checkpoint, verbose=False)
         step = int(files.load(start.checkpoint, whole=False)["global_step"])
         tokens = data.samples * data.context
     else:
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+        with restoring(start.checkpoint):
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         step = trainer.global_step
         loader: Any = data.train_loader
         tokens = loader.samples * data.context

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from rich.table import Table
 
 from datamodules.base import TokenData
 from t6_lightning.common.console import console, python
-from t6_lightning.common.files import write_atomically
+from t6_lightning.common.files import replacing, write_atomically
+from t6_lightning.common.state import DamagedState, read_state, write_state
 from t6_lightning.model.cache import KVCache
 from t6_lightning.model.generate import generate, row_generators
 from t6_lightning.model.t6 import T6
@@ -22,6 +25,8 @@ from t6_lightning.runs.folder import RunFolder
 from t6_lightning.runs.plan import Plan
 from t6_lightning.runs.tracking import MLflowTracking
 from t6_lightning.training.callbacks.progress import DAY, duration
+
+log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 32
 SAMPLE_SEED = 0
@@ -113,7 +118,7 @@ def finish(
         "checkpoint": str(folder.last_checkpoint()),
         "mlflow_run_id": tracking.version if tracking is not None else None,
     }  # fmt: skip
-    write_atomically(folder.summary_file, json.dumps(summary, indent=2) + "\n")
+    write_state(folder.summary_file, summary)
     if tracking is not None:
         tracking.log_artifact(folder.summary_file)
     return summary
@@ -126,9 +131,29 @@ REFERENCES = {
 }
 
 
-def read_summary(folder: RunFolder) -> dict[str, Any]:
-    """The summary of a finished run."""
-    return json.loads(folder.summary_file.read_text())
+_NUMBER = (int, float)
+SUMMARY: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("val/loss", "val/perplexity", "val/bits_per_byte", "n_parameters", "seconds"), _NUMBER),
+    **dict.fromkeys(("kv_cache/bytes_per_token", "kv_cache/predicted_bytes_per_token"), _NUMBER),
+    "val/bits_per_byte_before": (*_NUMBER, NoneType),
+    "kv_cache/mha_bytes_per_token": int,
+    "kv_cache/dtype": str,
+    "data/tokens": int,
+    "step": int,
+    "checkpoint": str,
+}
+"""Types of what `print_summary` shows."""
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a finished run; None where it is missing or damaged, which is said."""
+    try:
+        return read_state(folder.summary_file, SUMMARY, dict.fromkeys(REFERENCES, _NUMBER))
+    except FileNotFoundError:
+        log.warning("%s is missing: the run is reported again", folder.summary_file)
+    except DamagedState as error:
+        log.warning("%s: the run is reported again", error)
+    return None
 
 
 def sample_text(net: T6, data: TokenData, half: bool) -> tuple[KVCache, str, float]:
@@ -199,7 +224,8 @@ def plot_losses(
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=130)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
     return file
 

@@ -113,6 +113,8 @@ class MLflowTracking(Logger):
         client = self._client
         assert client is not None
         self._run_id = None if self._run is None else self._run.record.get("mlflow_run_id")
+        if self._run_id is None and self._run is not None and self._run.has_saved:
+            self._run_id = self._find_again(client, self._run)
         if self._run_id is None:
             name = None if self._run is None else self._run.name
             run = client.create_run(self._experiment_id, run_name=name, tags=self.tags | tags)
@@ -123,6 +125,16 @@ class MLflowTracking(Logger):
         client.update_run(self._run_id, status="RUNNING")
         for key in client.get_run(self._run_id).data.metrics:
             self._last_step[key] = max(m.step for m in client.get_metric_history(self._run_id, key))
+
+    def _find_again(self, client: "MlflowClient", run: RunFolder) -> str | None:
+        """The newest MLflow run of the folder's name: a run that has checkpoints lost its record."""
+        named = f"attributes.run_name = '{run.name}'"
+        newest = ["attributes.start_time DESC"]
+        found = client.search_runs([self._experiment_id], named, max_results=1, order_by=newest)
+        if not found:
+            return None
+        run.update_record(mlflow_run_id=found[0].info.run_id)
+        return found[0].info.run_id
 
     @rank_zero_only
     def leave(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from t6_lightning.checkpoint import files
+from t6_lightning.checkpoint import content, files
 from t6_lightning.checkpoint.files import step_of
 from t6_lightning.checkpoint.io import VerifiedCheckpointIO
 from t6_lightning.common.errors import BadInput, require
 from t6_lightning.distributed import ranks
-from t6_lightning.distributed.signals import ASKS_TO_STOP, Interrupted, signals
+from t6_lightning.distributed.signals import Interrupted, signals
 from t6_lightning.training.callbacks.cadence import stepped, validation_follows
 
 WRITING_FAILED = 1000
@@ -33,7 +32,8 @@ class CutOff(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint every so many tokens, after the last step, and on SIGTERM, SIGINT or SIGUSR1.
+    """Writes a checkpoint every so many tokens, after the last step, and on SIGINT, SIGTERM, SIGHUP or
+    SIGUSR1.
 
     Files are `step-00000100.ckpt` beside their checksum. With the plugin `VerifiedCheckpointIO` they are written
     while training goes on and are whole or not there. A signal ends training after the present step with
@@ -65,6 +65,8 @@ class Checkpoints(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._ended = False
         self._interruption: Interrupted | None = None
+        self._resumed_step: int | None = None
+        """Of the checkpoint that was read; None when it has been compared."""
 
     def state_dict(self) -> dict[str, Any]:
         """Whether training ended with this checkpoint's step."""
@@ -88,6 +90,37 @@ class Checkpoints(Checkpoint):
         # Lightning's handlers would take the place of ours, and send to the other ranks from within a handler.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse states of other types than their owners', before these take them over. Raises BadInput."""
+        if trainer.state.fn != "fit":
+            return
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        present: dict[str, Any] = {
+            "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
+            "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        }
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data is not None:
+            present[type(data).__qualname__] = data.state_dict()
+        if reason := content.other_form(checkpoint, present, "it"):
+            raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
+        self._resumed_step = checkpoint["global_step"]
+
+    def _check_resumed(self, trainer: pl.Trainer) -> None:
+        """Refuse what only its owners can tell, after they took it over. Raises BadInput."""
+        saved, self._resumed_step = self._resumed_step, None
+        if saved is None:
+            return
+        counted = trainer.global_step
+        reason = None if counted == saved else f"it is of step {saved}, and its loops have counted {counted}"
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                reason = reason or content.other_form(group, optimizer.defaults, "its optimizer")
+        if reason:
+            raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning asks rank 0 for signals before every micro-batch, and waits for the device to do so; here all
         # ranks are asked, once a step.
@@ -95,18 +128,18 @@ class Checkpoints(Checkpoint):
         data = _streamed_data(trainer)
         if data is not None:
             data.hold_when_cut_off(lambda: signals.noted != 0)
+        self._check_resumed(trainer)
         self._take_signals()
         if signum := ranks.signalled():
             raise Interrupted(signum)
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, signals.note) for signum in ASKS_TO_STOP}
+            self._handlers = signals.handle()
 
     def _let_go_of_signals(self) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        if self._handlers.get(signal.SIGTERM) not in (None, signals.note):
+        signals.restore(self._handlers)
+        if self._handlers and signals.note not in self._handlers.values():
             signals.noted = 0  # of this training; nobody else asks
         self._handlers = {}
 
@@ -198,7 +231,7 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._let_go_of_signals()  # teardown comes after what ended well alone
-        if self._io is not None:
+        if self._io is not None and not (isinstance(exception, Interrupted) and exception.at_once):
             self._io.wait()
 
     def last_regular(self, before: int) -> Path | None:
