@@ -73,9 +73,7 @@ def score(
     return scores
 
 
-def _batches(
-    requests: Sequence[tuple[Tokens, Tokens]], batch_size: int, limit: int
-) -> list[list[_Group]]:
+def _batches(requests: Sequence[tuple[Tokens, Tokens]], batch_size: int, limit: int) -> list[list[_Group]]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         require(len(context) >= 1, "context", "", "a continuation is scored after at least one token")
@@ -143,7 +141,9 @@ def _hidden_shared(model: T6, batch: list[_Group], continuations: list[list[int]
     device = model.embedding.weight.device
     contexts = [list(group.context) for group in batch]
     lengths = torch.tensor([len(context) for context in contexts], device=device)
-    cache = model.new_cache(len(contexts), max(map(len, contexts)))
+    kind = device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    cache = model.new_cache(len(contexts), max(map(len, contexts)), dtype)
     x_BTC = model.hidden(_padded(contexts, device), cache=cache)
     cache.crop(lengths)
     owner_R = [row for row, group in enumerate(batch) for _ in group.requests]
