@@ -92,7 +92,10 @@ def test_batches_can_be_shared_between_processes() -> None:
 
 @pytest.mark.parametrize(
     ("request_", "sentence"),
-    [(([], [1]), "context='' is not possible"), (([1], [1] * 33), "continuation='33 tokens' is not possible")],
+    [
+        (([], [1]), "context='' is not possible"),
+        (([1], [1] * 33), "continuation='33 tokens' is not possible"),
+    ],
 )
 def test_requests_that_cannot_be_scored(request_: tuple[list[int], list[int]], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
