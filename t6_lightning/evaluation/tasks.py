@@ -32,7 +32,6 @@ class Definition:
         file: lm-eval's definition, below its folder of tasks; `*` stands for each subject.
         folder: of the local files.
         metric: the paper's.
-        columns: that each row must have.
         splits: where a local file is not called as the hub calls the split: {split: file's name}.
         stands_in: {split: another} that is used where the first one's file is not there; the table says so.
         changes: settings in place of lm-eval's.
@@ -41,13 +40,12 @@ class Definition:
     file: str
     folder: str
     metric: str
-    columns: tuple[str, ...]
     splits: dict[str, str] = field(default_factory=dict)
     stands_in: dict[str, str] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-COLUMNS = {
+COLUMNS = {  # that each row must have, by folder
     "arc_easy": ("question", "choices", "answerKey"),
     "arc_challenge": ("question", "choices", "answerKey"),
     "boolq": ("passage", "question", "label"),
@@ -60,33 +58,26 @@ COLUMNS = {
 }
 
 TASKS = {
-    "arc_easy": Definition("arc/arc_easy.yaml", "arc_easy", "acc_norm", COLUMNS["arc_easy"]),
-    "arc_challenge": Definition(
-        "arc/arc_challenge.yaml", "arc_challenge", "acc_norm", COLUMNS["arc_challenge"]
-    ),
-    "boolq": Definition("super_glue/boolq/default.yaml", "boolq", "acc", COLUMNS["boolq"]),
-    "hellaswag": Definition("hellaswag/hellaswag.yaml", "hellaswag", "acc_norm", COLUMNS["hellaswag"]),
-    "openbookqa": Definition("openbookqa/openbookqa.yaml", "openbookqa", "acc_norm", COLUMNS["openbookqa"]),
-    "piqa": Definition("piqa/piqa.yaml", "piqa", "acc_norm", COLUMNS["piqa"]),
-    "winogrande": Definition(
-        "winogrande/default.yaml", "winogrande", "acc", COLUMNS["winogrande"], {"train": "train_xl"}
-    ),
-    "mmlu": Definition("mmlu/default/mmlu_*.yaml", "mmlu", "acc", COLUMNS["mmlu"]),
-    "sciq": Definition(
-        "sciq/sciq.yaml", "sciq", "acc_norm", COLUMNS["sciq"], stands_in={"test": "validation"}
-    ),
+    "arc_easy": Definition("arc/arc_easy.yaml", "arc_easy", "acc_norm"),
+    "arc_challenge": Definition("arc/arc_challenge.yaml", "arc_challenge", "acc_norm"),
+    "boolq": Definition("super_glue/boolq/default.yaml", "boolq", "acc"),
+    "hellaswag": Definition("hellaswag/hellaswag.yaml", "hellaswag", "acc_norm"),
+    "openbookqa": Definition("openbookqa/openbookqa.yaml", "openbookqa", "acc_norm"),
+    "piqa": Definition("piqa/piqa.yaml", "piqa", "acc_norm"),
+    "winogrande": Definition("winogrande/default.yaml", "winogrande", "acc", {"train": "train_xl"}),
+    "mmlu": Definition("mmlu/default/mmlu_*.yaml", "mmlu", "acc"),
+    "sciq": Definition("sciq/sciq.yaml", "sciq", "acc_norm", stands_in={"test": "validation"}),
 }
 PAPER = tuple(TASKS)
 """The nine tasks of the paper's table of downstream results."""
 
 CLOZE = {
-    "mmlu": Definition("mmlu/continuation/mmlu_*.yaml", "mmlu", "acc", COLUMNS["mmlu"]),
+    "mmlu": Definition("mmlu/continuation/mmlu_*.yaml", "mmlu", "acc"),
     # The question is scored given the passage and each answer: "yes" and "no" are too short to say much.
     "boolq": Definition(
         "super_glue/boolq/default.yaml",
         "boolq",
         "acc",
-        COLUMNS["boolq"],
         changes={
             "doc_to_text": lambda row: int(row["label"]),
             "doc_to_choice": lambda row: [
@@ -226,7 +217,7 @@ def _dataset(definition: Definition, data: Path, split: str, subject: str | None
     if not rows:
         raise BadInput(f"--task_data {data}: {file} holds no rows{f' of {subject}' if subject else ''}")
     for row in rows:
-        absent = [column for column in definition.columns if column not in row]
+        absent = [column for column in COLUMNS[definition.folder] if column not in row]
         if absent:
             raise BadInput(f"--task_data {data}: {file} lacks the column {', '.join(absent)}")
     return Dataset.from_list(rows)
