@@ -142,6 +142,19 @@ class T6LM(TemplateLM):
         return totals
 
     def _scored(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
+        pieces: list[tuple[Tokens, Tokens]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            for piece in _pieces(*request, self.max_length):
+                pieces.append(piece)
+                owners.append(owner)
+        totals, greedy = [0.0] * len(requests), [True] * len(requests)
+        for owner, value in zip(owners, self._scored_pieces(pieces), strict=True):
+            totals[owner] += value.log_probability
+            greedy[owner] = greedy[owner] and value.is_greedy
+        return [Score(*each) for each in zip(totals, greedy, strict=True)]
+
+    def _scored_pieces(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
         rank, world = ranks.number()
         device_type = self._device.type
         with (
@@ -253,6 +266,16 @@ class T6LM(TemplateLM):
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.advance(task, done)
+
+
+def _pieces(context: Tokens, continuation: Tokens, limit: int) -> Iterator[tuple[Tokens, Tokens]]:
+    """A continuation that the model cannot read at once, in parts of half of what it reads, each after what fits."""
+    if len(continuation) <= limit:
+        yield context, continuation
+        return
+    whole, step = [*context, *continuation], max(1, limit // 2)
+    for first in range(len(context), len(whole), step):
+        yield whole[:first][-limit:], whole[first : first + step]
 
 
 class _Wanted(NamedTuple):

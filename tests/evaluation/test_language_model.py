@@ -155,6 +155,21 @@ def test_every_kind_of_request_and_batch_size(pair: tuple[T6LM, HFLM]) -> None:
         assert model.generate_until(generated) == texts
 
 
+def test_an_answer_longer_than_the_context_is_scored_in_parts(pair: tuple[T6LM, HFLM]) -> None:
+    whole = pair[0]
+    short = T6LM(whole.model, whole.text, max_length=8)
+    (request,) = requests("loglikelihood", ("seven", " red blue stone"))
+    got = short.loglikelihood([request], disable_tqdm=True)[0][0]
+    tokens, expected = whole.tok_encode("seven red blue stone"), 0.0
+    for first in range(5, len(tokens), 4):
+        part = tokens[first : first + 4]
+        before = tokens[:first][-(9 - len(part)) :]
+        with torch.no_grad():
+            log_p = whole.model(torch.tensor([[*before, *part[:-1]]]))[0].log_softmax(-1)
+        expected += log_p[len(before) - 1 :].gather(1, torch.tensor(part)[:, None]).sum().item()
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
 def test_generators_and_training_mode_are_left_as_they_were(pair: tuple[T6LM, HFLM], data: Path) -> None:
     model = pair[0]
     model.model.train()
