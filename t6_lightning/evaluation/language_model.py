@@ -18,6 +18,7 @@ from lm_eval.utils import (
 from rich.progress import Progress
 
 from datamodules.tokenizer import Tokenizer
+from t6_lightning.checkpoint import files
 from t6_lightning.checkpoint.load import load_trained
 from t6_lightning.common.console import console
 from t6_lightning.common.errors import require
@@ -68,27 +69,33 @@ class T6LM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> T6LM:
-        """lm-eval's way to a model by name: `ckpt_path` (a file, or `last` with `run`), `batch_size`, `max_length`.
+        """lm-eval's way to a model by name, from `ckpt_path`, `batch_size`, `max_length` and `device`.
+
+        `ckpt_path` is a checkpoint, or a run's folder, whose newest verified one is taken.
 
         Raises:
             BadInput: no such checkpoint, or an argument that is none of these.
         """
-        from t6_lightning.runs.folder import resolve_checkpoint
-
-        given = {**(additional_config or {}), **arg_dict}
-        known = ("ckpt_path", "run", "batch_size", "max_batch_size", "max_length", "device")
-        for name in given:
-            require(name in known, f"model_args.{name}", given[name], f"choose from {', '.join(known)}")
+        given = {name: value for name, value in {**(additional_config or {}), **arg_dict}.items() if value}
+        known = ("ckpt_path", "batch_size", "max_length", "device")
+        for name in arg_dict:
+            require(name in known, f"model_args.{name}", arg_dict[name], f"choose from {', '.join(known)}")
         require("ckpt_path" in given, "model_args", str(arg_dict), "it must name ckpt_path=FILE")
-        checkpoint = resolve_checkpoint(str(given["ckpt_path"]), given.get("run"))
-        trained = load_trained(Path(checkpoint), given.get("device"))
-        batch_size = given.get("batch_size") or 16
-        numeric = str(batch_size).isdigit()
-        require(numeric, "batch_size", batch_size, "it must be a number of contexts")
-        max_length = given.get("max_length")
-        return cls(
-            trained.model, trained.tokenizer, int(batch_size), int(max_length) if max_length else None, True
-        )
+        numbers = {}
+        for name in ("batch_size", "max_length"):
+            value = str(given.get(name) or "")
+            require(not value or value.isdigit(), name, value, "it must be a whole number")
+            numbers |= {name: int(value)} if value else {}
+        checkpoint = Path(str(given["ckpt_path"]))
+        folder = checkpoint / "checkpoints"
+        if folder.is_dir():
+            newest = files.newest_verified(folder)
+            require(newest is not None, "ckpt_path", str(checkpoint), "it holds no whole checkpoint")
+            checkpoint = newest or checkpoint
+        # lm-eval's default is a GPU, whether or not there is one.
+        device = arg_dict.get("device") or (given.get("device") if torch.cuda.is_available() else None)
+        trained = load_trained(checkpoint, device)
+        return cls(trained.model, trained.tokenizer, **numbers, shows_progress=True)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> T6LM:
