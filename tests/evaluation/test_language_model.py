@@ -11,67 +11,30 @@ import numpy as np
 import pytest
 import torch
 from evaluation_rows import byte_level, words, write_rows
+from llama_twin import llama_twin
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from t6_lightning.common.errors import BadInput
 from t6_lightning.evaluation import downstream, tasks
 from t6_lightning.evaluation.language_model import T6LM
 from t6_lightning.model.attention.mha import MHAConfig
 from t6_lightning.model.config import T6Config
-from t6_lightning.model.norm import NORM_EPS
 from t6_lightning.model.rope import Rope
 from t6_lightning.model.t6 import T6
 
 WIDTH, LAYERS, HEADS, CONTEXT, HIDDEN = 48, 2, 3, 256, 96
-NAMES = {
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.output",
-    "mlp.gate_proj": "ffn.gate",
-    "mlp.up_proj": "ffn.up",
-    "mlp.down_proj": "ffn.down",
-}
 SCORED = ("arc_easy", "hellaswag", "boolq", "winogrande", "openbookqa", "piqa")
 
 
 @pytest.fixture(scope="module")
 def twins() -> tuple[T6, LlamaForCausalLM]:
     """One model of random weights in both forms."""
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        head_dim=WIDTH // HEADS,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=NORM_EPS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=256,
-        attn_implementation="sdpa",
-    )
-    theirs = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in theirs.parameters():
-            if value.ndim == 2:
-                value.copy_(torch.randn(value.shape, generator=generator) * 1.5 / value.shape[1] ** 0.5)
     attention = MHAConfig(HEADS, WIDTH // HEADS, rope=Rope(direction="llama"))
-    ours = T6(T6Config(257, WIDTH, LAYERS, CONTEXT, attention, ffn_hidden=HIDDEN)).eval()
-    state = theirs.state_dict()
-    weights = {"embedding.weight": state["model.embed_tokens.weight"]} | {
-        f"blocks.{i}.{here}.weight": state[f"model.layers.{i}.{there}.weight"]
-        for i in range(LAYERS)
-        for there, here in NAMES.items()
-    }
-    ours.load_state_dict(weights)
-    return ours, theirs
+    return llama_twin(T6Config(257, WIDTH, LAYERS, CONTEXT, attention, ffn_hidden=HIDDEN), eot=256)
 
 
 @pytest.fixture(scope="module")
