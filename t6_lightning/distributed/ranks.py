@@ -114,6 +114,20 @@ def barrier() -> None:
         distributed.barrier(group=_hosts)
 
 
+def gathered(value: Result) -> list[Result]:
+    """What each rank hands in, in the order of ranks, on every rank; it must be picklable. Every rank must ask."""
+    if not connected():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value, group=_hosts)
+    return values
+
+
+def number() -> tuple[int, int]:
+    """(this rank, how many there are)."""
+    return (distributed.get_rank(), distributed.get_world_size()) if connected() else (0, 1)
+
+
 def first(function: Callable[[], Result]) -> Result:
     """Call on rank 0 and give what it returns to every rank; it must be picklable.
 

@@ -5,6 +5,7 @@ Shape suffixes: L layers, B batch, T tokens, M cached tokens.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -100,6 +101,22 @@ class KVCache:
         torch.minimum(self.lengths, lengths.to(self.lengths), out=self.lengths)
         self.longest = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.longest).any())
+
+    def repeated(self, rows: torch.Tensor, room: int) -> KVCache:
+        """A new cache of these `rows` (R,), each as often as it is named, with room for `room` more tokens."""
+        new = copy(self)
+        new.capacity = self.longest + room
+        new._stored = {}
+        for name, tensor in self._stored.items():
+            n_layers, _, _, *shape = tensor.shape
+            stored = tensor.new_zeros(n_layers, len(rows), new.capacity, *shape)
+            stored[:, :, : self.longest] = tensor[:, rows, : self.longest]
+            new._stored[name] = stored
+        new.tensors = {name: new._stored[name][..., : x.shape[-1]] for name, x in self.tensors.items()}
+        new.lengths = self.lengths[rows]
+        new._rows_B1 = torch.arange(len(rows), device=rows.device)[:, None]
+        new.fixed, new.positions_of_keys = False, None
+        return new
 
     @property
     def n_bytes(self) -> int:
