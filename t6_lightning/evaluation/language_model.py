@@ -24,7 +24,7 @@ from t6_lightning.common.console import console
 from t6_lightning.common.errors import require
 from t6_lightning.distributed import ranks
 from t6_lightning.evaluation.scoring import Score, Tokens, score
-from t6_lightning.model.generate import generate
+from t6_lightning.model.generate import generate, row_generators
 from t6_lightning.model.t6 import T6
 
 if TYPE_CHECKING:
@@ -198,8 +198,9 @@ class T6LM(TemplateLM):
         return results
 
     def _wanted(self, request: Instance) -> _Wanted:
-        prompt, options = request.args
-        options = normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS)
+        arguments: Any = request.args
+        prompt, given = arguments
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
         new_tokens = options["max_gen_toks"]
         require(
             1 <= new_tokens < self.max_length,
@@ -224,14 +225,14 @@ class T6LM(TemplateLM):
         prompts = torch.tensor([list(each.prompt) for _, each in batch], device=self._device)
         tokens: list[list[int]] = [[] for _ in batch]
         texts: list[str | None] = [None] * len(batch)
-        generator = torch.Generator(self._device).manual_seed(0)
         steps = generate(
             self.model,
             prompts,
             wanted.new_tokens,
             temperature=wanted.temperature,
             top_k=wanted.top_k,
-            generator=generator,
+            generator=row_generators(0, len(batch), self._device),
+            n_symbols=min(self.text.vocab_size, self.model.config.vocab_size),
         )
         for token_B in steps:
             for row, token in enumerate(token_B.tolist()):
