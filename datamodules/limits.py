@@ -5,8 +5,8 @@ import os
 MAX_DOCUMENT_LENGTH = 1 << 25
 """UTF-8 bytes of a document, or of a row or line that holds one: the default of `max_document_length`."""
 
-MAX_DOMAINS = 1000
-"""Validation domains: each has metrics of its own in every validation."""
+MAX_DOMAINS = 256
+"""Validation domains: each has metrics of its own in every validation, and a sample of text at the end."""
 
 MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED = 1 << 20, 1 << 24, (1 << 63) - 1
 MAX_BATCH_TOKENS = 1 << 28

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Row = tuple[str, dict[str, Any]]
 
 ROWS_AT_ONCE = 256
-BATCH_BYTES = 512 << 20
+BATCH_BYTES = 128 << 20
 """What a batch of rows may take, were each row as long as all values of its column together: pages of a dictionary
 repeat one value in every row."""
 BUFFER_BYTES = 1 << 20
@@ -49,7 +49,9 @@ def _rows(path: Path, columns: list[str]) -> Iterator[Row]:
     number = 0
     try:
         # Buffered, so that a column chunk, which may be the whole file, is not read at once.
-        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+        with pq.ParquetFile(
+            path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file:
             footer = file.metadata
             size = rows_at_once(footer, range(footer.num_row_groups), columns, ROWS_AT_ONCE)
             for batch in file.iter_batches(size, columns=columns, use_threads=False):

@@ -206,7 +206,13 @@ class Pieces:
                 opened.fetched = self._fetched(file, group, spans)
             # In this thread: the reads of pyarrow's own would go on behind an error, and at the program's end.
             buffered = FETCHED_AT_ONCE[1] if large else 0
-            reader = pq.ParquetFile(opened, metadata=footer, pre_buffer=False, buffer_size=buffered)
+            reader = pq.ParquetFile(
+                opened,
+                metadata=footer,
+                pre_buffer=False,
+                buffer_size=buffered,
+                page_checksum_verification=True,
+            )
             row = -slice_of_group * ROWS_PER_PIECE
             try:
                 size = rows_at_once(footer, [group], roots, ROWS_PER_PIECE)

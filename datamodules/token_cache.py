@@ -326,20 +326,17 @@ def _open(file: Path) -> Shard | None:
     try:
         with named(str(file)):
             contents = mapped(file)
-    except BadInput as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # also removed meanwhile: it was not used for long
-            return None
-        raise
-    except ValueError as error:  # empty
-        log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
-        return None
-    try:
-        begin = 8 + int.from_bytes(contents[:8], "little")
-        arrays = json.loads(bytes(contents[8:begin]))
-        metadata = arrays.pop("__metadata__")
-        domains = json.loads(metadata["domains"])
-        digest = _digest(arrays, domains)
-        digest.update(contents[begin:])
+            begin = 8 + int.from_bytes(contents[:8], "little")
+            arrays = json.loads(bytes(contents[8:begin]))
+            metadata = arrays.pop("__metadata__")
+            domains = json.loads(metadata["domains"])
+            digest = _digest(arrays, domains)
+            with open(
+                file, "rb"
+            ) as opened:  # not through the mapping, whose pages would count as this process's
+                opened.seek(min(begin, len(contents)))
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
         if digest.hexdigest() != metadata["sha256"]:
             raise ValueError("its SHA-256 is not what was written")
         data = {
@@ -359,6 +356,10 @@ def _open(file: Path) -> Shard | None:
             checksum=metadata["sha256"],
             damage=Counter({(kind, place): n for kind, place, n in json.loads(metadata["damage"])}),
         )
+    except BadInput as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # also removed meanwhile: it was not used for long
+            return None
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("The token cache entry %s is damaged (%s) and is made again.", file, error)
         return None
