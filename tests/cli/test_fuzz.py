@@ -247,9 +247,9 @@ def commands() -> dict[str, tuple[list[str], list[str]]]:
 
 
 LONG_WORK = {
-    "steps": 10**5000,
-    "warmup": 10**5000,
-    "new_tokens": 10**5000,
+    "steps": 10**4000,
+    "warmup": 10**4000,
+    "new_tokens": 10**4000,
     "max_new_tokens": 2**40,
     "context": 2**40,
     "batch": 2**40,
@@ -277,7 +277,12 @@ def flags(n: int, rng: random.Random) -> list[list[str]]:
         line = [*name.split(), *working]
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             option, value = rng.choice(options), value_of(rng)
-            if option in LONG_WORK and value.isdecimal() and 64 < int(value) < LONG_WORK[option]:
+            if (
+                option in LONG_WORK
+                and value.isdecimal()
+                and len(value) < 4000
+                and 64 < int(value) < LONG_WORK[option]
+            ):
                 continue  # right, and asks for hours
             line += [f"--{option}={value}"] if rng.random() < 0.7 else [f"--{option}", value]
         lines.append(line)
