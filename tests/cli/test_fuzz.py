@@ -247,9 +247,9 @@ def commands() -> dict[str, tuple[list[str], list[str]]]:
 
 
 LONG_WORK = {
-    "steps": 10**5000,
-    "warmup": 10**5000,
-    "new_tokens": 10**5000,
+    "steps": 10**4000,
+    "warmup": 10**4000,
+    "new_tokens": 10**4000,
     "max_new_tokens": 2**40,
     "context": 2**40,
     "batch": 2**40,
@@ -277,7 +277,12 @@ def flags(n: int, rng: random.Random) -> list[list[str]]:
         line = [*name.split(), *working]
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             option, value = rng.choice(options), value_of(rng)
-            if option in LONG_WORK and value.isdecimal() and 64 < int(value) < LONG_WORK[option]:
+            if (
+                option in LONG_WORK
+                and value.isdecimal()
+                and len(value) < 4000
+                and 64 < int(value) < LONG_WORK[option]
+            ):
                 continue  # right, and asks for hours
             line += [f"--{option}={value}"] if rng.random() < 0.7 else [f"--{option}", value]
         lines.append(line)
@@ -367,7 +372,9 @@ def run_all(name: str, lines: list[list[str]], folder: Path, anew: int, rng: ran
     changed = {
         key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)
     }
-    assert not {key for key in changed if not key.startswith(("PL_", "MLFLOW_", "PYTORCH_", "TOKENIZERS_"))}
+    assert not {
+        key for key in changed if not key.startswith(("PL_", "MLFLOW_", "PYTORCH_", "TOKENIZERS_", "KMP_"))
+    }
     assert set(folder.parent.iterdir()) == beside
     assert call("fit", "--config", "tiny.yaml", "--dry_run").code == 0
 
