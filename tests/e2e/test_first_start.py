@@ -25,7 +25,7 @@ def start(text: Path, said: Path) -> multiprocessing.process.BaseProcess:
     """`fit` in a process of its own, which need not import what this one has."""
     arguments = [
         *("fit", *small_runs.arguments(text, steps=10), "--run", "first", "--data.tokenizer", "bpe"),
-        *("--model.net.vocab_size", "320", "--data.num_workers", "1"),
+        *("--model.net.vocab_size", "320", "--data.vocab_size", "320", "--data.num_workers", "1"),
     ]
     return ranks.start_alone(said, *arguments)
 
