@@ -43,6 +43,7 @@ def stop_at_random_moments(
     rng, text = random.Random(seed), small_runs.write_text(folder / "text.txt", lines=3000)
     home = empty_home(small, folder / "uninterrupted")
     monkeypatch.setenv("T6_HOME", str(home))
+    assert ranks.finish([ranks.start_alone(folder / "said.txt", "help")]) == [0]  # imports come once, before
     begin = time.monotonic()
     assert ranks.finish([start(text, folder / "said.txt")]) == [0], (folder / "said.txt").read_text()
     seconds = time.monotonic() - begin
