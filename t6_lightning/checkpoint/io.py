@@ -31,9 +31,7 @@ def restoring(checkpoint: Path | None) -> Iterator[None]:
     except Exception as error:
         if not any("restore" in frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
-        raise BadInput(
-            f"checkpoint {checkpoint} cannot be gone on from: {first_line(error)[:200]}"
-        ) from error
+        raise BadInput(f"checkpoint {checkpoint} cannot be restored: {first_line(error)[:200]}") from error
 
 
 class Snapshot:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from t6_lightning.checkpoint.io import restoring
 from t6_lightning.cli.configuration import T6CLI, build
 from t6_lightning.cli.validate import required_checkpoint
 from t6_lightning.common.console import console
@@ -24,7 +25,8 @@ def main(arguments: list[str]) -> int:
 
 def _predict(cli: T6CLI) -> int:
     checkpoint = ranks.first(lambda: required_checkpoint(cli))
-    batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    with restoring(checkpoint):
+        batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     if not ranks.is_first():
         return 0  # every rank has predicted everything: a file is written once
     arrays: dict[str, Any] = {name: torch.cat([b[name] for b in batches]).numpy() for name in batches[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from t6_lightning.checkpoint.io import restoring
 from t6_lightning.cli.configuration import T6CLI, build
 from t6_lightning.common.errors import BadInput
 from t6_lightning.distributed import launch, ranks
@@ -21,7 +22,8 @@ def main(arguments: list[str]) -> int:
 def _evaluate(cli: T6CLI) -> int:
     checkpoint = ranks.first(lambda: required_checkpoint(cli))
     loop = cli.trainer.test if cli.command == "test" else cli.trainer.validate
-    loop(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
+    with restoring(checkpoint):
+        loop(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
     report.print_figures(str(checkpoint), cli.model.figures)
     return 0
 

@@ -459,8 +459,11 @@ def _run_trainer(
     half = trainer.precision == "bf16-mixed"
     if start.ended and start.checkpoint is not None:
         # Killed between its last checkpoint and its report.
+        # Its validation was logged before the checkpoint; Lightning would log an `epoch` of this one too.
+        loggers, trainer.loggers = trainer.loggers, []
         with restoring(start.checkpoint):
             trainer.validate(module, data, ckpt_path=start.checkpoint, verbose=False)
+        trainer.loggers = loggers
         step = int(files.load(start.checkpoint, whole=False)["global_step"])
         tokens = data.samples * data.context
     else:

@@ -25,7 +25,7 @@ def start(text: Path, said: Path) -> multiprocessing.process.BaseProcess:
     """`fit` in a process of its own, which need not import what this one has."""
     arguments = [
         *("fit", *small_runs.arguments(text, steps=10), "--run", "first", "--data.tokenizer", "bpe"),
-        *("--model.net.vocab_size", "320", "--data.num_workers", "1"),
+        *("--model.net.vocab_size", "320", "--data.vocab_size", "320", "--data.num_workers", "1"),
     ]
     return ranks.start_alone(said, *arguments)
 
@@ -43,6 +43,7 @@ def stop_at_random_moments(
     rng, text = random.Random(seed), small_runs.write_text(folder / "text.txt", lines=3000)
     home = empty_home(small, folder / "uninterrupted")
     monkeypatch.setenv("T6_HOME", str(home))
+    assert ranks.finish([ranks.start_alone(folder / "said.txt", "help")]) == [0]  # imports come once, before
     begin = time.monotonic()
     assert ranks.finish([start(text, folder / "said.txt")]) == [0], (folder / "said.txt").read_text()
     seconds = time.monotonic() - begin

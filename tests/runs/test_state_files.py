@@ -13,6 +13,7 @@ import pytest
 import small_runs
 from commands import refused
 from fuzzing import call
+from run_records import metrics
 from small_runs import Small
 
 from t6_lightning.common.state import read_state
@@ -231,3 +232,12 @@ def test_a_sweep_reads_a_damaged_summary_as_a_failure(copied: Small, tmp_path: P
     summary, why = _result(run, 0, tmp_path / "log")
     assert summary == {}
     assert why.startswith(f"{run.summary_file} is damaged")
+
+
+def test_a_run_that_was_killed_before_its_report_logs_nothing_twice(copied: Small) -> None:
+    run = RunFolder("good")
+    before = metrics(copied.home, "good")
+    run.summary_file.unlink()
+    run.update_record(status="running")
+    assert call(*fit_again(copied)).code == 0
+    assert metrics(copied.home, "good") == before
