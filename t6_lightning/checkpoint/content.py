@@ -119,6 +119,8 @@ def config_of(state: Mapping[str, Any], named: str) -> T6Config:
     try:
         config = T6Config.from_dict(state["hyper_parameters"]["net"])
         n_parameters = config.n_parameters()
+    except BadInput as error:
+        raise BadInput(f"{named}: {error}") from error
     except Exception as error:  # values of any kind
         raise BadInput(f"{named} describes no model: {first_line(error)}") from error
     weights = state["state_dict"]
