@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, get
 
 from datamodules.met import Met, News, of_all_ranks
 from datamodules.packing import MIXED, Batch, FixedWindows, Mark, Rows, WindowReader, Windows
-from t6_lightning.common.errors import SourceUnavailable, WorkerDied
+from t6_lightning.common.errors import SourceUnavailable, WorkerDied, require
 
 SECONDS_BETWEEN_LOOKS = 5
 """How often a wait for worker processes is interrupted to ask whether a stop was requested."""
@@ -225,9 +225,16 @@ class TrainingLoader(Loader):
 
         With other ranks, batch size, accumulation or data than those of the state, an epoch begins here, as it does
         with states of the time when there were no epochs. A state that was just loaded may be loaded again.
+
+        Raises:
+            BadInput: a position that is no number of samples.
         """
         if state_dict == self._loaded:
             return
+        for name in ("samples", "epoch", "epoch_start"):
+            value = state_dict.get(name, 0)
+            is_count = type(value) is int and value >= 0
+            require(is_count, f"the data's saved {name}", value, "it must be an integer >= 0")
         order = self.data.seed, self.data.order_state()
         self.data.take_up(state_dict)
         if order != (self.data.seed, self.data.order_state()):

@@ -109,8 +109,25 @@ def form_damage(state: Any) -> str | None:
     for name, value in state.get("callbacks", {}).items():
         if not isinstance(value, dict):
             return f"its state of the callback {str(name)[:80]!r} is no mapping"
+    if reason := _count_damage(state.get("loops", {}), "loops"):
+        return reason
     if state.get("global_step", 0) < 0 or state.get("epoch", 0) < 0:
         return "its global_step or epoch is below 0"
+    return None
+
+
+COUNTS = ("ready", "started", "processed", "completed")
+"""What Lightning's loops call their counters."""
+
+
+def _count_damage(loops: Mapping[str, Any], named: str) -> str | None:
+    """Which counter of Lightning's loops is none; every command that reads a checkpoint takes them over."""
+    for name, value in loops.items():
+        if isinstance(value, Mapping):
+            if reason := _count_damage(value, f"{named}.{name}"):
+                return reason
+        elif name in COUNTS and (type(value) is not int or value < 0):
+            return f"its {named}.{name} is {str(value)[:80]!r}, and no count"
     return None
 
 

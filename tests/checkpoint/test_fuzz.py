@@ -14,6 +14,7 @@ from typing import Any
 import hostile
 import pytest
 import small_runs
+from commands import refused
 from fuzzing import Outcome, Tally, call, call_anew, flip_or_cut
 from small_runs import Small
 
@@ -203,6 +204,18 @@ def meet_unusable(copied: Small, n: int, seed: int, run_command: Callable[..., O
             case = f"{number}, {command}, {what}"
             tally.add(case, outcome, lambda outcome, name=command: result(name, outcome) == expected[name])
     tally.close()
+
+
+def test_a_position_in_the_data_that_is_damaged_is_named(
+    copied: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = small_runs.state(checkpoint_files.of_step(RunFolder("good").checkpoints, 4))
+    for name in ("fingerprint", "samples"):
+        state = copy.deepcopy(good)
+        del state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0][name]
+        file = hostile.write(state, Path("mutant.ckpt").absolute())
+        said = refused(capsys, *readers(file, copied)["resume"])
+        assert f"checkpoint {file} cannot be restored: '{name}'" in said
 
 
 def test_checkpoints_with_unusable_values(copied: Small) -> None:

@@ -101,9 +101,6 @@ class Checkpoints(Checkpoint):
             "callbacks": {callback.state_key: callback.state_dict() for callback in callbacks},
             "loops": {"fit_loop": trainer.fit_loop.state_dict()},
         }
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data is not None:
-            present[type(data).__qualname__] = data.state_dict()
         if reason := content.other_form(checkpoint, present, "it"):
             raise BadInput(f"the checkpoint cannot be gone on from: {reason}")
         self._resumed_step = checkpoint["global_step"]
