@@ -208,17 +208,22 @@ class TokenData(LightningDataModule, ABC):
         if state is None and newest is not None and getattr(self.trainer, "train_dataloader", None) is newest:
             state = newest.state_dict()
         loader = self._training_loader(state)
-        trainer: Any = self.trainer
-        if loader.length is None and trainer and trainer.max_epochs not in (None, -1):
-            # An epoch of so many batches has a length for Lightning.
-            limited = isinstance(trainer.limit_train_batches, int) or trainer.overfit_batches > 0
-            if not limited:
-                raise BadInput(
-                    f"trainer.max_epochs={trainer.max_epochs} is not possible: {type(self).__name__} is a stream "
-                    "of unknown length: set trainer.max_steps (max_epochs -1)"
-                )
+        if loader.length is None:
+            self.check_epochs(self.trainer)
         self._train_loader, self._pending = loader, None
         return loader
+
+    def check_epochs(self, trainer: Any) -> None:
+        """Refuse `max_epochs` where an epoch has no end. Raises BadInput."""
+        if not self.streamed or trainer is None or trainer.max_epochs in (None, -1):
+            return
+        # An epoch of so many batches has a length for Lightning.
+        if isinstance(trainer.limit_train_batches, int) or trainer.overfit_batches > 0:
+            return
+        raise BadInput(
+            f"trainer.max_epochs={trainer.max_epochs} is not possible: {type(self).__name__} is a stream "
+            "of unknown length: set trainer.max_steps (max_epochs -1)"
+        )
 
     def _training_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
         trainer: Any = self.trainer

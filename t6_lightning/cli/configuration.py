@@ -159,6 +159,8 @@ class T6CLI(LightningCLI):
         check_backend(self.model.config, self.trainer.strategy.root_device)
         self.plan: Plan | None = None
         """What a run that counts steps costs; of one that counts epochs only its data can tell."""
+        if command == "fit":
+            self.datamodule.check_epochs(self.trainer)
         if command == "fit" and not self.counts_epochs:
             self.plan = plan_of(self.model, self.datamodule, self.trainer)
 

@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> int:
     if cli.config.init_from:
         check_weights_file(cli.config.init_from)
     if cli.config.dry_run:
-        return dry_run(cli, config_of(cli))
+        with signals.raised_at_once():
+            return dry_run(cli, config_of(cli))
     return fit(config_of(cli), cli.model, cli.datamodule, cli.trainer, cli.run)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import TINY, refused
 
+from datamodules import PythonDocs
 from t6_lightning.__main__ import main
 from t6_lightning.runs.folder import RunFolder
 
@@ -38,6 +42,10 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--ckpt_path", "FOLDER/other.ckpt"], "is not a checkpoint of t6_lightning"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator='gpu' is not possible"),
         (["--trainer.devices", "3"], "it must be a multiple of batch size 4 · context 32 · 3 ranks"),
+        (
+            ["--data", "FineWebEdu", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
+            "trainer.max_epochs=1 is not possible: FineWebEdu is a stream of unknown length",
+        ),
         (["--tracking.experiment", " "], "tracking.experiment=' ' is not possible"),
     ],
 )
@@ -85,3 +93,18 @@ def test_a_checkpoint_that_does_not_fit(
         capsys, "fit", *TINY, "--dry_run", "--run", "trained", "--model.optimizer.lr", "0.5"
     )
     assert RunFolder("trained").record == before
+
+
+def test_a_signal_ends_a_dry_run_that_reads_data(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked_to_stop(data: PythonDocs) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(PythonDocs, "prepare_data", asked_to_stop)
+    began = time.monotonic()
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]
+    assert main(["fit", *TINY, *epochs, "--dry_run"]) == 75
+    assert time.monotonic() - began < 50
+    assert "stopped by SIGTERM before training began" in capsys.readouterr().err
