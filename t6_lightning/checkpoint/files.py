@@ -180,8 +180,8 @@ def _damage(checkpoint: Path) -> str:
 
 NAME = re.compile(r"step-(\d{8,18})\.ckpt")
 """Of a checkpoint. Whatever else is in their folder is not ours."""
-BESIDE = re.compile(r"\.?step-\d{8,18}\.ckpt(\.sha256)?(\.\d+-\d+|\.partial)?")
-"""Of a checkpoint, its checksum, or what a killed process left of writing either."""
+BESIDE = re.compile(r"step-\d{8,18}\.ckpt(\.sha256)?(\.\d+-\d+|\.partial)?|\.step-\d{8,18}\.ckpt.*")
+"""Of a checkpoint, its checksum, or what a killed process of this version or an earlier one left of writing either."""
 
 
 def in_order(folder: Path) -> list[Path]:

@@ -378,10 +378,11 @@ def test_a_killed_worker_is_told_in_one_sentence(make, monkeypatch):
     # A Trainer puts all signal handlers back when it ends; torch, which installs its own once, is asked to do so again.
     monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     for anywhere in (False, True):
+        others = {process.pid for process in multiprocessing.active_children()}  # of tests before
         loader = make(num_workers=2).train_dataloader()
         batches = iter(loader)
         next(batches)
-        victim = multiprocessing.active_children()[0]
+        victim = next(each for each in multiprocessing.active_children() if each.pid not in others)
         began = time.monotonic()
         with pytest.raises(WorkerDied) as raised:  # noqa: PT012
             os.kill(victim.pid, signal.SIGKILL)
