@@ -97,6 +97,8 @@ def form_damage(state: Any) -> str | None:
     if not isinstance(state, dict) or "state_dict" not in state or "hyper_parameters" not in state:
         return "it lacks the model's configuration"
     for name, kind in FORM.items():
+        if name == "tokenizer" and state.get(name) is None:
+            continue  # imported without one
         if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool)):
             return f"its {name} is of type {type(state[name]).__name__}, and must be {kind.__name__}"
     if not isinstance(state["hyper_parameters"].get("net"), dict):

@@ -222,7 +222,13 @@ REFUSED = {
     "schedule": ({"schedule": {-5: {"a": 1.0, "b": 0.0}}}, "schedule: -5 is not allowed"),
     "part": ({"schedule": {1.5: {"a": 1.0, "b": 0.0}}}, "schedule: 1.5 is not allowed; allowed: whole"),
     "word": ({"schedule": {"abc": {"a": 1.0, "b": 0.0}}}, "schedule: 'abc' is not allowed; allowed: whole"),
-    "type": ({"batch_size": 2.5}, "\"batch_size\": Expected a <class 'int'>. Got value: 2.5"),
+    "type": (
+        {"batch_size": 2.5},
+        {
+            "fit": "data.batch_size=2.5 is not possible: it must be a whole number",
+            "prepare": "\"batch_size\": Expected a <class 'int'>. Got value: 2.5",
+        },
+    ),
 }
 
 
@@ -230,6 +236,7 @@ REFUSED = {
 @pytest.mark.parametrize("program", ["fit", "prepare"])
 def test_what_a_data_module_refuses_is_one_sentence(case, program, tmp_path, capsys):
     wrong, says = REFUSED[case]
+    says = says[program] if isinstance(says, dict) else says
     local = {"class_path": "TextFiles", "init_args": {"files": [str(tmp_path / "books.jsonl")]}}
     right = {"sources": {"a": local, "b": local}, "weights": {"a": 0.5, "b": 0.5}, "tokenizer": "bytes"}
     config = tmp_path / "mixture.yaml"
