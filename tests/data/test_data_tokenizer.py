@@ -242,7 +242,7 @@ def test_a_tokenizer_kept_before_there_was_a_sum_is_used(tmp_path, caplog):
     del kept["sha256"]
     file.write_text(json.dumps(kept))
     assert load_tokenizer("bpe", 500, lambda: pytest.fail("read"), "a").fingerprint == first.fingerprint
-    assert caplog.text == ""
+    assert "damaged" not in caplog.text
 
 
 def test_runs_of_blanks_of_any_length_are_encoded(monkeypatch):
