@@ -99,7 +99,7 @@ def foreign(marker: Path) -> dict[str, Callable[[State], Any]]:
         "a global_step that is text": lambda state: state.update(global_step="3"),
         "a global_step below 0": lambda state: state.update(global_step=-1),
         "no tokenizer": lambda state: drop(state, "tokenizer"),
-        "a tokenizer that is None": tokenizer(None),
+        "a tokenizer that is a number": tokenizer(3),
         "a tokenizer that is no JSON": tokenizer("{"),
         "a tokenizer without a definition": tokenizer("{}"),
         "a tokenizer of nothing": tokenizer('{"definition": "{}", "eot": null}'),

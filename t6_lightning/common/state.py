@@ -20,6 +20,8 @@ SUM = "sha256"
 SUM_LAST = re.compile(r'"[0-9a-f]{64}"\s*}\s*$')
 SUM_LINE = "# sha256 of the lines below: "
 """Opens the first line of a text file."""
+OPENING_BEFORE = "# lightning.pytorch=="
+"""Opens that of a configuration of an earlier version."""
 
 
 class DamagedState(BadInput):
@@ -132,6 +134,10 @@ def read_text(file: Path, remedy: str = "", largest: int | None = None) -> str:
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """(checksum or None, lines). It comes first, where a cut leaves it; earlier versions opened with no comment."""
+    """(checksum or None, lines). It comes first, where a cut leaves it.
+
+    Another comment there is a damaged one, unless it is `OPENING_BEFORE`.
+    """
     first, _, rest = text.partition("\n")
-    return (first.removeprefix(SUM_LINE), rest) if first.startswith("#") else (None, text)
+    has_sum = first.startswith("#") and not first.startswith(OPENING_BEFORE)
+    return (first.removeprefix(SUM_LINE), rest) if has_sum else (None, text)

@@ -43,6 +43,8 @@ def test_files_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
     assert read_state(tmp_path / "run.json") == VALUES
     (tmp_path / "config.yaml").write_text(TEXT)
     assert read_text(tmp_path / "config.yaml") == TEXT
+    (tmp_path / "config.yaml").write_text(opened := f"# lightning.pytorch==2.6.6\n{TEXT}")
+    assert read_text(tmp_path / "config.yaml") == opened
 
 
 @pytest.mark.parametrize(
