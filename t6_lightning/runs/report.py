@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -277,7 +278,8 @@ def print_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"checkpoint   {summary['checkpoint']}", soft_wrap=True)
     console.print(f"see the run  {python()} -m mlflow_server", soft_wrap=True)
-    generate = f"{python()} -m t6_lightning generate --ckpt_path {summary['checkpoint']} --prompt 'def main'"
+    checkpoint = shlex.quote(summary["checkpoint"])
+    generate = f"{python()} -m t6_lightning generate --ckpt_path {checkpoint} --prompt 'def main'"
     console.print(f"write text   {generate}", soft_wrap=True)
 
 
