@@ -126,6 +126,7 @@ class Tally:
             self.unharmed += 1
         else:
             self.bad.append(f"{case}: exit {outcome.code}\n{outcome.crash or outcome.err[-1500:]}")
+            print(f"met badly: {self.bad[-1]}", flush=True)
 
     def close(self) -> None:
         """Print the counts. Raises AssertionError where an input was met badly."""
