@@ -135,7 +135,7 @@ def test_a_dry_run_shows_what_the_recipe_decides(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t6_lightning.cli.dry_run.measure_matrix_rate", lambda *_: 1e12)
-    monkeypatch.setattr("datamodules.FineWebEdu.check_sources", lambda data: None)  # no text is needed for this
+    monkeypatch.setattr("datamodules.FineWebEdu.check_sources", lambda data: None)
     flags = ["--data.path", str(home), "--model.summed_losses", "2"]
     assert main(["fit", "--config", "paper/medium-mla", "--recipe", "released", "--dry_run", *flags]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe")]
